@@ -1,0 +1,528 @@
+"""Functions as tools: describe them to a model, read the calls it writes, run the calls under limits.
+
+    schema     a function with type hints and a Google docstring -> the JSON description that goes into the prompt
+    tools_of   an object, such as an environment -> its public methods, as tools
+    parse      the text of a message that the policy sampled (from agent.py) -> its thinking, its text and its calls
+    run_calls  calls -> observations: text that agent.py appends for the policy to read
+
+The idea to take away: a policy that explores writes broken calls, so *nothing it writes may raise*. What is wrong with a call,
+and how to write it right, becomes its observation; the episode goes on, and the policy can learn from it. Two tools that
+environments share stand at the end: `calculator` and `Search`.
+
+Left out: processes. A time limit here abandons a thread, it cannot kill one: it may still change what it holds. Code that a model
+wrote, or a tool that may crash the interpreter, belongs in a child process. And an `async def` tool must await, not block.
+
+Run it alone: `python tools.py`. Copy it alone: it needs the standard library (SQLite with FTS5) and one helper of transformers.
+"""
+
+import ast
+import asyncio
+import collections
+import contextlib
+import copy
+import functools
+import inspect
+import json
+import math
+import operator
+import re
+import sqlite3
+import threading
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils import get_json_schema
+
+# ---- describe --------------------------------------------------------------------------------------------
+
+
+def schema(function: Callable) -> dict:
+    """The description of a tool, in the form that chat templates and APIs take. Raises if a type hint or a docstring is missing.
+
+    >>> schema(calculator)["function"]["parameters"]["required"]
+    ['expression']
+    """
+    # Cached by the function of a bound method: by the method, each environment ever made would stay alive.
+    return copy.deepcopy(_schema(getattr(function, "__func__", function)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _schema(function: Callable) -> dict:
+    described = get_json_schema(function)
+    described["function"].pop("return", None)  # APIs refuse this key
+    return described
+
+
+def tools_of(obj: object, reserved: Sequence[str] = ("reset", "get_reward")) -> dict[str, Callable]:
+    """The public methods of an object, base classes first, in the order of their definition.
+
+    >>> list(tools_of(Search(["a document"])))
+    ['search']
+    """
+    methods = {}
+    for name in [name for cls in reversed(type(obj).__mro__[:-1]) for name in vars(cls)]:  # the last class is `object`
+        kind = type(inspect.getattr_static(type(obj), name))  # asked of the class: on the object a property would run
+        if kind in (types.FunctionType, staticmethod, classmethod) and not name.startswith("_") and name not in reserved:
+            methods[name] = getattr(obj, name)
+    return methods
+
+
+# ---- read a message --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """A call that may be run: its tool exists and its arguments fit the tool's schema."""
+
+    name: str  # of the tool; not an identifier of this call, for observations come in call order
+    arguments: dict[str, Any]  # by name, as JSON gave them; not converted, and not a JSON text
+
+
+@dataclass
+class CallError:
+    """A call that must not be run. It keeps its place among the calls."""
+
+    message: str  # what is wrong and how to write it right, for the policy to read; not a Python traceback
+
+
+@dataclass
+class Message:
+    """A sampled message, taken apart to act on. What is trained on is its ids, which stay as they were sampled."""
+
+    thinking: str  # inside <think>; never executed, and no part of an answer
+    text: str  # outside <think> and <tool_call>, stripped; not the whole message
+    calls: list[Call | CallError]  # in the order written, the broken ones among them
+
+
+def format_call(name: str, **arguments: Any) -> str:
+    """A call as Qwen, Hermes and many others write it; `parse` reads it back.
+
+    >>> print(format_call("search", query="rivers"))
+    <tool_call>
+    {"name": "search", "arguments": {"query": "rivers"}}
+    </tool_call>
+    """
+    text = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    # A tag inside an argument would end the block early. JSON may write "/" as "\/", which is no tag.
+    for tag in ("tool_call>", "think>"):
+        text = text.replace("</" + tag, "<\\/" + tag).replace("<" + tag, "\\u003c" + tag)
+    return f"<tool_call>\n{text}\n</tool_call>"
+
+
+def parse(text: str, tools: Mapping[str, Callable] | Sequence[dict]) -> Message:
+    r"""Take a sampled message apart. Never raises, whatever the text; takes time linear in its length.
+
+    `tools` is what `tools_of` gives, or a list of schemas. An unclosed <think> or <tool_call> reaches to the end of the text.
+    A </think> with no <think> before it closes one that the prompt opened, as Qwen's does. A call inside <think> is no call.
+
+    >>> parse("<think>7*6?</think>So: " + format_call("calculator", expression="7*6"), [schema(calculator)])
+    Message(thinking='7*6?', text='So:', calls=[Call(name='calculator', arguments={'expression': '7*6'})])
+    >>> parse(format_call("calculator", expression=42), {"calculator": calculator}).calls[0].message
+    'argument "expression" of "calculator" must be string, not 42. Its arguments: expression (string)'
+    """
+    schemas = map(schema, tools.values()) if isinstance(tools, Mapping) else tools
+    parameters = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in schemas}
+    thinking, outside, blocks, unclosed = _split(text)
+    calls = [_read_call(block.strip(), parameters) for block in blocks]
+    if unclosed:
+        calls[-1] = CallError("<tool_call> was opened but never closed: end the call with </tool_call>")
+    return Message(thinking.strip(), outside.strip(), calls)
+
+
+def _split(text: str) -> tuple[str, str, list[str], bool]:
+    """Thinking, the text outside, the inside of each <tool_call>, and whether the last of these was left open.
+
+    >>> _split("<think>a<tool_call></think>b<tool_call>c</tool_call>d<tool_call>e")
+    ('a<tool_call>', 'bd', ['c', 'e'], True)
+    """
+    head, close, tail = text.partition("</think>")
+    opened_by_prompt = close and "<think>" not in head
+    thinking, outside, blocks = [head if opened_by_prompt else ""], [], []
+    here, end = outside, None
+    # One pass over literal tags: a search for the *next* <think> at each step would read the rest of the text each time.
+    for piece in re.split("(</?think>|</?tool_call>)", tail if opened_by_prompt else text):
+        if here is outside and piece == "<think>":
+            here, end = thinking, "</think>"
+        elif here is outside and piece == "<tool_call>":
+            blocks.append([])
+            here, end = blocks[-1], "</tool_call>"
+        elif piece == end:
+            here, end = outside, None
+        else:
+            here.append(piece)
+    return "".join(thinking), "".join(outside), ["".join(block) for block in blocks], end == "</tool_call>"
+
+
+_FORM = 'Write {"name": ..., "arguments": {...}}'
+
+
+class _Wrong(ValueError):
+    """What is wrong with a call, and how to write it right."""
+
+
+def _read_call(block: str, parameters: dict[str, dict]) -> Call | CallError:
+    try:
+        # Python would also read NaN, Infinity, 1e999 and a key given twice: each would be a guess at what the policy meant.
+        found = json.loads(block, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_no_key_twice)
+        return _check_call(found, parameters)
+    except json.JSONDecodeError as error:
+        near = _show(block[max(error.pos - 10, 0) : error.pos + 10])
+        hint = "End each call with </tool_call>" if "<tool_call>" in block else _FORM
+        return CallError(f"not valid JSON: {error.msg} at character {error.pos}, near {near}. {hint}")
+    except RecursionError:
+        return CallError("the JSON of the call is nested too deeply")
+    except ValueError as error:  # a _Wrong, or a number of thousands of digits
+        return CallError(str(error))
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise _Wrong(f"{number[:40]} is not a number in JSON: write a finite one, or a string")
+    return float(number)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict:
+    twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise _Wrong(f"the key {_show(twice[0])} stands twice in one object: give it once")
+    return dict(pairs)
+
+
+def _check_call(found: Any, parameters: dict[str, dict]) -> Call:
+    """Raises _Wrong with the first thing that is wrong."""
+    if not isinstance(found, dict):
+        raise _Wrong(f"a call must be a JSON object, not {_show(found)}. {_FORM}")
+    for key in ("name", "arguments"):
+        if key not in found:
+            raise _Wrong(f'the call has no "{key}". {_FORM}')
+    name, arguments = found["name"], found["arguments"]
+    if not isinstance(name, str) or name not in parameters:
+        raise _Wrong(f"there is no tool {_show(name)}. The tools: {', '.join(parameters) or 'none'}")
+    if not isinstance(arguments, dict):
+        raise _Wrong(f'"arguments" of "{name}" must be a JSON object, not {_show(arguments)}')
+    _check_arguments(name, arguments, parameters[name])
+    return Call(name, arguments)
+
+
+def _check_arguments(name: str, arguments: dict, parameters: dict) -> None:
+    specs = parameters.get("properties", {})
+    usage = "Its arguments: " + (", ".join(f"{key} ({_kind(spec)})" for key, spec in specs.items()) or "none")
+    for key in parameters.get("required", []):
+        if key not in arguments:
+            raise _Wrong(f'"{name}" needs the argument "{key}". {usage}')
+    for key, value in arguments.items():
+        if key not in specs:
+            raise _Wrong(f'"{name}" has no argument {_show(key)}. {usage}')
+        wrong = _misfit(value, specs[key], f'argument "{key}" of "{name}"')
+        if wrong:
+            raise _Wrong(f"{wrong}. {usage}")
+
+
+_TYPES = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
+_TYPES["null"] = type(None)
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool) and kind in ("integer", "number"):  # True is an int in Python, not in JSON
+        return False
+    return isinstance(value, _TYPES.get(kind, object))
+
+
+def _misfit(value: Any, spec: dict, what: str) -> str | None:
+    """What is wrong with a value, or None: the part of JSON schema that type hints can express."""
+    if value is None and spec.get("nullable"):
+        return None
+    kinds = [spec["type"]] if isinstance(spec.get("type"), str) else spec.get("type", [])
+    fits = not kinds or any(_is(value, kind) for kind in kinds)
+    # True == 1 in Python, so the type is compared too.
+    fits = fits and ("enum" not in spec or any(type(value) is type(one) and value == one for one in spec["enum"]))
+    fits = fits and ("anyOf" not in spec or any(_misfit(value, option, what) is None for option in spec["anyOf"]))
+    if not fits:
+        return f"{what} must be {_kind(spec)}, not {_show(value)}"
+    items = enumerate(value) if isinstance(value, list) and "items" in spec else ()
+    wrongs = (_misfit(item, spec["items"], f"item {place} of {what}") for place, item in items)
+    return next((wrong for wrong in wrongs if wrong), None)
+
+
+def _kind(spec: dict) -> str:
+    """A schema in words: 'integer', 'array of string or null', 'one of "a", "b"'."""
+    kinds = [spec["type"]] if isinstance(spec.get("type"), str) else spec.get("type", ["anything"])
+    words = " or ".join(map(_kind, spec["anyOf"])) if "anyOf" in spec else " or ".join(kinds)
+    words = f"one of {', '.join(map(_show, spec['enum']))}" if "enum" in spec else words
+    words += f" of {_kind(spec['items'])}" if "items" in spec else ""
+    return words + " or null" * bool(spec.get("nullable"))
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+# ---- run calls -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Observation:
+    """What one call gave, for the policy to read."""
+
+    text: str  # clipped and valid UTF-8; still untrusted: agent.py encodes it so that no control token can come of it
+    error: bool  # nothing useful was done: a broken call, an exception, the time limit; not "the answer is wrong"
+
+
+async def run_calls(
+    calls: Sequence[Call | CallError],
+    tools: Mapping[str, Callable],
+    *,
+    timeout: float = 10.0,
+    max_chars: int = 2000,
+    max_calls: int = 16,
+) -> list[Observation]:
+    """Run the calls of one message at once; observations come back in call order, one for each call.
+
+    Whatever a tool does, its call alone sees it: an exception (SystemExit too) or a result without text is an error observation,
+    a call longer than `timeout` seconds is abandoned, a text over `max_chars` loses its middle, calls after the first
+    `max_calls` do not run. Plain methods of one object take turns in call order: two moves in a maze must not race.
+    Raises only when it is cancelled itself, or at Ctrl-C.
+
+    >>> calls = [Call("calculator", {"expression": "6*7"}), CallError("not JSON"), Call("calculator", {"expression": "1/0"})]
+    >>> [observation.text for observation in asyncio.run(run_calls(calls, {"calculator": calculator}))]
+    ['42', 'error: not JSON', 'error: ValueError: division by zero']
+    """
+    turns = collections.defaultdict(asyncio.Lock)  # first come, first served
+
+    async def run(call: Call | CallError) -> Observation:
+        if isinstance(call, CallError) or call.name not in tools:
+            return _failed(getattr(call, "message", "there is no such tool"))
+        function = tools[call.name]
+        if inspect.iscoroutinefunction(function):
+            return await _limit(call.name, timeout, asyncio.ensure_future(_await(function, call.arguments)))
+        async with turns[id(getattr(function, "__self__", call))]:
+            return await _limit(call.name, timeout, _start_thread(lambda: _as_text(function(**call.arguments))))
+
+    too_many = CallError(f"only the first {max_calls} calls of a message are run")
+    calls = [*calls[:max_calls], *[too_many] * len(calls[max_calls:])]
+    observations = await asyncio.gather(*map(run, calls))
+    return [Observation(clip(observation.text, max_chars), observation.error) for observation in observations]
+
+
+async def _limit(name: str, timeout: float, future: asyncio.Future) -> Observation:
+    try:
+        # Not wait_for: it waits for a task that swallows its cancellation, for ever.
+        done, _ = await asyncio.wait({future}, timeout=timeout)
+    finally:
+        future.cancel()  # does nothing to one that is done
+    if not done:
+        return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
+    return _failed(f"{name} was cancelled") if future.cancelled() else future.result()
+
+
+async def _await(function: Callable, arguments: dict) -> Observation:
+    try:
+        result = await function(**arguments)
+    except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
+        raise  # meant for the event loop, in whose thread this is
+    except BaseException as error:  # a SystemExit would end the loop, and every other episode with it
+        return _failed(error)
+    return await _start_thread(lambda: _as_text(result))  # a __str__ that hangs would stop the loop
+
+
+def _start_thread(produce: Callable[[], str]) -> asyncio.Future:
+    """A daemon thread for each call: hung ones would fill a pool, and at exit Python waits for pools and for other threads."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def deliver(observation: Observation) -> None:
+        if not future.done():  # it is, when the call was abandoned
+            future.set_result(observation)
+
+    def work() -> None:
+        try:
+            observation = Observation(produce(), error=False)
+        except BaseException as error:  # sys.exit() too: this thread is the tool's
+            observation = _failed(error)
+        with contextlib.suppress(RuntimeError):  # the loop may be closed by now: nobody waits for this one
+            loop.call_soon_threadsafe(deliver, observation)
+
+    try:
+        threading.Thread(target=work, daemon=True, name="tool").start()
+    except RuntimeError as error:  # the system gives no more threads, such as when abandoned ones hold them all
+        deliver(_failed(error))
+    return future
+
+
+def _as_text(result: Any) -> str:
+    """Text as it is, None as "done", bytes decoded, else JSON (NaN stays NaN), else `str`. May raise, as a __str__ may."""
+    if isinstance(result, str):
+        return result
+    if result is None:
+        return "done"
+    if isinstance(result, (bytes, bytearray, memoryview)):
+        return bytes(result).decode("utf-8", "replace")
+    if inspect.isawaitable(result):
+        raise TypeError("the tool returned something to await: declare it `async def`")
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(result)
+
+
+def _failed(reason: BaseException | str) -> Observation:
+    """An error observation of one line, whatever the exception has to say."""
+    if isinstance(reason, BaseException):
+        try:
+            reason = f"{type(reason).__name__}: {reason}"
+        except BaseException:  # its __str__ is the tool's code too
+            reason = type(reason).__name__
+    return Observation(" ".join(f"error: {reason}".split()), error=True)
+
+
+def clip(text: str, max_chars: int) -> str:
+    """At most `max_chars` of a text, a mark where its middle was, and valid UTF-8.
+
+    >>> clip("a" * 5000 + "end", 8)
+    'aaaaaa [... 4,995 characters cut ...] nd'
+    """
+    if len(text) > max_chars:
+        tail = max_chars // 4
+        text = f"{text[: max_chars - tail]} [... {len(text) - max_chars:,} characters cut ...] {text[len(text) - tail :]}"
+    # A policy can write "\ud800" in JSON, which is half a character: no tokenizer takes it.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# ---- tool: calculator ------------------------------------------------------------------------------------
+
+_LIMIT = 10**300  # whole numbers below it fit a float, so no operation overflows on the way
+
+
+def calculator(expression: str) -> str:
+    """Work out an arithmetic expression. Whole numbers are exact, however large.
+
+    Args:
+        expression: Numbers, + - * / // % ** and parentheses, such as "(12 + 3.5) * 2 ** 4".
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: What is wrong with the expression.
+
+    >>> calculator("3 * (2**64 + 1)"), calculator("0.1 + 0.2"), calculator("7 / 2")
+    ('55340232221128654851', '0.3', '3.5')
+    """
+    if len(expression) > 500:
+        raise ValueError(f"the expression has {len(expression):,} characters, more than 500: work it out in parts")
+    try:
+        value = _evaluate(ast.parse(expression.strip(), mode="eval").body)
+    except ZeroDivisionError:
+        raise ValueError("division by zero") from None
+    except (RecursionError, MemoryError):  # MemoryError is how the parser says it
+        raise ValueError("the expression is nested too deeply") from None
+    except OverflowError:
+        raise ValueError("a number is too large: the limit is 10**300") from None
+    except SyntaxError as error:
+        raise ValueError(f"not an arithmetic expression ({error.msg}): {expression[:60]!r}") from None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.12g}"
+    return str(value)
+
+
+def _evaluate(node: ast.AST) -> float:
+    """Walks what stands here and refuses the rest, so no list of dangerous names is needed."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = node.value
+    elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        value = _OPERATIONS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        value = _evaluate(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+    else:
+        raise ValueError(f"only numbers, + - * / // % ** and parentheses are allowed, not {ast.unparse(node)[:40]!r}")
+    if not abs(value) < _LIMIT:
+        raise OverflowError
+    return value
+
+
+def _divide(a: float, b: float) -> float:
+    exact = isinstance(a, int) and isinstance(b, int) and a % b == 0  # 10**30 / 10 as floats would lose the last digits
+    return a // b if exact else a / b
+
+
+def _power(base: float, exponent: float) -> float:
+    if base < 0 and exponent != int(exponent):
+        raise ValueError("a negative number to the power of a fraction is not a real number")
+    if abs(base) > 1 and exponent * math.log10(abs(base)) > 300:  # asked before: 9**9**9 has 370 million digits
+        raise OverflowError
+    return base**exponent
+
+
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: _divide}
+_OPERATIONS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power}
+
+
+# ---- tool: search ----------------------------------------------------------------------------------------
+
+
+class Search:
+    """Full text search over a few documents: SQLite FTS5 in memory, ranked by BM25.
+
+    >>> Search(["The Elbe is a river.", "Mount Etna is high."]).search("which river?")
+    'The Elbe is a river.'
+    """
+
+    def __init__(self, documents: Sequence[str], top: int = 3):
+        # Tools run in threads, each time another one; the lock is what makes sharing the connection safe.
+        self._db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+        self._lock = threading.Lock()
+        self._top = top
+        self._documents = [" ".join(document.split()) for document in documents]
+        self._db.execute("PRAGMA journal_mode = off")
+        self._db.execute("CREATE VIRTUAL TABLE docs USING fts5(body, content='')")  # the words only: the text stays here
+        self._db.execute("BEGIN")
+        self._db.executemany("INSERT INTO docs (rowid, body) VALUES (?, ?)", enumerate(self._documents))
+        self._db.execute("COMMIT")
+
+    def __del__(self):
+        self._db.close()
+
+    def search(self, query: str) -> str:
+        """Search the documents.
+
+        Args:
+            query: Words to look for. Documents with more, and rarer, of them come first.
+
+        Returns:
+            The best documents, one per line.
+        """
+        # Words, quoted and joined by OR: all else is FTS5 syntax to a hostile query. Bounded, for it may be a megabyte.
+        words = dict.fromkeys(re.findall(r"\w+", query[:5000].lower()))
+        match = " OR ".join(f'"{word}"' for word in list(words)[:64])
+        with self._lock:
+            ranked = "SELECT rowid FROM docs WHERE docs MATCH ? ORDER BY bm25(docs), rowid LIMIT ?"
+            rows = self._db.execute(ranked, (match, self._top)).fetchall() if match else []
+        return "\n".join(self._documents[row] for (row,) in rows) or "no document matches"
+
+
+# ---- demo ------------------------------------------------------------------------------------------------
+
+
+def _demo() -> None:
+    def slow() -> str:
+        """Never come back."""
+        threading.Event().wait()
+
+    tools = {"calculator": calculator, "slow": slow, **tools_of(Search(["Paris is in France.", "Rome is in Italy."]))}
+    print("A tool, described:\n" + json.dumps(schema(calculator), indent=2))
+    calls = [format_call("calculator", expression="2**100"), format_call("search", query="where is Rome?")]
+    calls += [format_call("slow"), format_call("calculator", expression="9**9**9")]
+    calls += [format_call("calculator", expression=1), "<tool_call>\n{oops}\n</tool_call>"]
+    text = "<think>Let me see.</think>I will call my tools.\n" + "\n".join(calls)
+    print(f"\nA message, as a model might write it:\n{text}")
+    message = parse(text, tools)
+    print(f"\nIts thinking: {message.thinking!r}\nIts text: {message.text!r}\nIts calls, and what came of each:")
+    for call, observation in zip(message.calls, asyncio.run(run_calls(message.calls, tools, timeout=0.2))):
+        print(f"  {call}\n    -> {observation.text!r}")
+
+
+if __name__ == "__main__":
+    _demo()
