@@ -1,0 +1,452 @@
+"""Many agents at once: one batched token engine behind `generate`.
+
+Agents are coroutines. Each asks for tokens when it wants some; the engine decodes for all that are waiting, one token each
+per pass through the model. A row that is finished gives its place to the next at once, and while an agent waits for a tool
+the others go on. Three ideas carry the file:
+
+    slots        The keys and values of a context stay in a slot. A request starts from the slot that holds the longest
+                 prefix of it: its own last turn, or somebody else's copy of the same prompt. One rule covers turns, groups,
+                 shared instructions and rewritten histories; losing a slot costs time, never correctness.
+    streams      Each episode samples from a random stream of its own, so it does not depend on its neighbours.
+    grace        Agents that were answered in one step get a short time to come back before the next one. Quick tools thus
+                 always rejoin at the same step, and a run can be repeated.
+
+Left out: paged memory, preemption, speculative decoding, top-k and top-p (what is sampled must be what is trained), models
+with sliding windows, recurrent layers or logits that are more than a product (`check_model` refuses them). Takes a transformers
+causal model; serves agent.py; its episodes go to grpo.py. `python rollout.py` measures tokens per second. Lift it with agent.py.
+"""
+
+import asyncio
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from random import Random
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from agent import Completion
+
+WORTH_WAITING = 16  # tokens that a request must be spared by waiting for the next wave: a pass has a price, too
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row by inverting the cumulative distribution. Greedy where the temperature is 0.
+
+    logits [B, V], temperature [B], uniform [B] in [0, 1) -> tokens [B], their log-probs [B] (greedy: at temperature 1).
+
+    >>> logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    >>> sample(logits, torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.9], dtype=torch.float64))[0].tolist()
+    [1, 2]
+    """
+    greedy = temperature == 0
+    logps = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)  # [B, V]
+    cumulative = logps.double().exp().cumsum(-1)  # in float32 the last of 150,000 terms would be rounding
+    drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(greedy, logps.argmax(-1), drawn)
+    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The engine
+
+
+@dataclass(eq=False)
+class Request:
+    """A context that wants to be continued."""
+
+    ids: list[int]  # the context, and what was sampled behind it
+    prompt: int  # how many of these were given
+    limit: int  # how many may be sampled
+    rng: Random
+    temperature: float
+    order: int  # of its agent: first come, first served, and the same in every run
+    future: asyncio.Future
+    logps: list[float] = field(default_factory=list)
+    slot: int = -1
+
+
+class Engine:
+    """Continuous batching over `slots` contexts of at most `context` tokens each.
+
+    stop_ids: tokens that end a message. grace: seconds that agents answered in one step have to come back before the next.
+    Changing the model's weights in place (an optimizer does) is noticed, and all keys and values are then forgotten.
+    `stats` counts, since the engine was made: steps, passes (through the model), context (tokens of all contexts it was
+    given), read (tokens that went through the model) and sampled. Raises ValueError for a model it would get wrong.
+    """
+
+    def __init__(self, model, stop_ids: set[int], *, slots: int = 64, context: int = 1024, grace: float = 0.25):
+        check_model(model)
+        self.model, self.backbone, self.head = model, model.base_model, model.get_output_embeddings()
+        self.stop_ids, self.slots, self.context, self.grace = stop_ids, slots, context, grace
+        self.cache = SlotCache(slots, context)
+        self.held = np.full((slots, context), -1, dtype=np.int64)  # the tokens whose keys and values are in a slot; -1: none
+        self.length = np.zeros(slots, dtype=np.int64)  # how many these are
+        self.used = np.zeros(slots, dtype=np.int64)  # when a slot was last used, in steps
+        self.active: list[Request] = []  # in a slot, being continued
+        self.waiting: list[Request] = []
+        self.clock = 0
+        self.weights: list = []  # what the keys and values were computed with
+        self.serving: asyncio.Task | None = None
+        self.stats = Counter()
+        self.away: set[asyncio.Task] = set()  # agents that were answered in the last step
+        self.all_back: asyncio.Future | None = None
+        self.order: WeakKeyDictionary[asyncio.Task, int] = WeakKeyDictionary()  # first come, first served
+        self.arrivals = itertools.count()
+
+    async def generate(self, ids: list[int], max_new_tokens: int, *, rng: Random, temperature: float = 1.0) -> Completion:
+        """Continue `ids` until a stop token or `max_new_tokens`. Raises ValueError if that cannot fit the context."""
+        if not ids or max_new_tokens < 1 or len(ids) + max_new_tokens > self.context:
+            raise ValueError(f"{len(ids)} tokens and {max_new_tokens} new ones do not fit a context of {self.context}")
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        order = self.order[task] if task in self.order else self.order.setdefault(task, next(self.arrivals))
+        request = Request(list(ids), len(ids), max_new_tokens, rng, temperature, order, loop.create_future())
+        if self.serving is None or self.serving.done() or self.serving.get_loop() is not loop:
+            self.waiting, self.active = [], []  # of an event loop that is no more
+            self.serving = asyncio.ensure_future(self._serve())
+        self.waiting.append(request)
+        self.stats["context"] += len(ids)
+        self._back(task)
+        task.remove_done_callback(self._back)
+        try:
+            out = await request.future
+        finally:
+            self._drop(request)
+        self.away.add(task)
+        task.add_done_callback(self._back)
+        return out
+
+    async def _serve(self) -> None:
+        """Decode for as long as anybody waits."""
+        try:
+            while True:
+                await self._settle()
+                if not self.waiting and not self.active:
+                    return
+                self._step()
+        except BaseException as e:  # everybody who waits must hear of it, and what the slots hold is not known any more
+            for request in self.waiting + self.active:
+                request.future.done() or request.future.set_exception(e)
+            self.waiting, self.active, self.weights = [], [], []
+            if not isinstance(e, Exception):
+                raise
+        finally:
+            self.away.clear()
+
+    async def _settle(self) -> None:
+        """Let the agents of the last step come back, but not for longer than the grace."""
+        await asyncio.sleep(0)  # those that were just answered have not run yet
+        if self.away:
+            self.all_back = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self.all_back], timeout=self.grace)
+            self.away.clear()
+
+    def _back(self, task: asyncio.Task) -> None:
+        self.away.discard(task)
+        if not self.away and self.all_back and not self.all_back.done():
+            self.all_back.set_result(None)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One token for every request; the new ones are read first."""
+        if not self.active:
+            self._forget_if_trained()
+        self.clock += 1
+        self.stats["steps"] += 1
+        decoding = list(self.active)
+        while wave := self._admit():
+            for part in self._alike(wave):
+                self._advance(part)
+        if decoding:
+            self._advance(decoding)
+
+    def _advance(self, requests: list[Request]) -> None:
+        """Feed what a request's slot does not hold yet, sample the next token, retire what is finished."""
+        logits = self._forward(requests)  # [B, V]
+        uniform = torch.tensor([r.rng.random() for r in requests], dtype=torch.float64, device=logits.device)
+        temperature = torch.tensor([r.temperature for r in requests], device=logits.device)
+        tokens, logps = sample(logits, temperature, uniform)
+        self.stats["sampled"] += len(requests)
+        for request, token, logp in zip(requests, tokens.tolist(), logps.tolist()):
+            if math.isnan(logp):
+                raise FloatingPointError("the model's logits are not finite: has the run diverged?")
+            request.ids.append(token)
+            request.logps.append(logp)
+            if token in self.stop_ids or len(request.logps) == request.limit:
+                finish = "stop" if token in self.stop_ids else "length"
+                self.active.remove(request)
+                out = Completion(request.ids[request.prompt :], request.logps, finish)
+                request.future.done() or request.future.set_result(out)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Slots
+
+    def _admit(self) -> list[Request]:
+        """Give slots to waiting requests, and to each the longest prefix of its context that some slot holds.
+
+        A request that shares more with one of this very wave than with any slot waits for the next wave: a prompt that a
+        group has in common is read once, and the others copy its keys and values.
+        """
+        wave: list[Request] = []
+        if not self.waiting:
+            return wave
+        read = np.full((self.slots, self.context), -1)  # contexts of the wave, a row each
+        copies: dict[int, tuple[int, int]] = {}  # to slot: from slot, tokens
+        for request in sorted(self.waiting, key=lambda r: r.order):
+            ids = np.array(request.ids)
+            shared = _common_prefix(self.held[:, : len(ids)], ids)  # [slots]
+            # One token at least must be fed, to have something to predict from.
+            best = min(int(shared.max()), len(ids) - 1)
+            if wave and min(_common_prefix(read[: len(wave)], ids).max(), len(ids) - 1) >= best + WORTH_WAITING:
+                continue
+            busy = {r.slot for r in self.active}
+            free = [s for s in range(self.slots) if s not in busy]
+            if not free:
+                break
+            # Go on in a slot only if all it holds is ours: the rest may be somebody's who is waiting for a tool.
+            own = [s for s in free if shared[s] == self.length[s] and min(shared[s], len(ids) - 1) == best]
+            request.slot = own[0] if own else min(free, key=lambda s: (self.used[s], s))
+            if not own:
+                source = int(shared.argmax())
+                source = copies[source][0] if source in copies else source  # what it is about to receive is still there
+                copies[request.slot] = source, best
+                self.held[request.slot, :best] = ids[:best]
+            self.held[request.slot, best:] = -1
+            self.length[request.slot] = best
+            self.waiting.remove(request)
+            self.active.append(request)
+            read[len(wave), : len(ids)] = ids
+            wave.append(request)
+        self.cache.copy([(source, target, n) for target, (source, n) in copies.items()])
+        return wave
+
+    def _alike(self, wave: list[Request]) -> list[list[Request]]:
+        """Cut a wave by what is to be read: a turn's few new tokens are not to be padded to the length of a whole prompt."""
+
+        def new(request: Request) -> int:
+            return len(request.ids) - int(self.length[request.slot])
+
+        return [list(part) for _, part in itertools.groupby(sorted(wave, key=new), key=lambda r: max(new(r), 31).bit_length())]
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request whose agent no longer waits for it (it was answered, or cancelled)."""
+        for queue in (self.waiting, self.active):
+            if request in queue:
+                queue.remove(request)
+
+    def _forget_if_trained(self) -> None:
+        parameters = list(self.model.parameters())
+        probe = torch.cat([p.detach().flatten()[:4] for p in parameters]).tolist()  # fused optimizers do not count versions
+        weights = [probe, *((p.data_ptr(), p._version) for p in parameters)]
+        if weights != self.weights:
+            self.weights, self.length[:], self.held[:] = weights, 0, -1
+            self.clock, self.used[:] = 0, 0  # as good as new: a resumed run must go on as one that was never stopped
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The model
+
+    def _forward(self, requests: list[Request]) -> torch.Tensor:
+        """Logits [B, V] of each request's next token."""
+        slots = [r.slot for r in requests]
+        fed = [r.ids[self.length[r.slot] :] for r in requests]
+        width, top = max(map(len, fed)), max(slots) + 1
+        # Keys of neighbouring slots are a view, those of scattered ones a copy: decode rows of idle slots along with the
+        # busy ones while they are the fewer.
+        dense = width == 1 and top <= 2 * len(slots)
+        rows = slots if dense else list(range(len(slots)))
+        tokens, positions = np.zeros((2, top if dense else len(slots), width), dtype=np.int64)
+        valid = np.zeros(tokens.shape, dtype=bool)
+        for row, slot, ids in zip(rows, slots, fed):
+            start, n = self.length[slot], len(ids)
+            tokens[row, :n], positions[row, :n], valid[row, :n] = ids, np.arange(start, start + n), True
+            self.held[slot, start : start + n] = ids
+            self.length[slot], self.used[slot] = start + n, self.clock
+        self.stats.update(passes=1, read=sum(map(len, fed)))
+        device = self.head.weight.device
+        tokens, positions, valid = (torch.from_numpy(x).to(device) for x in (tokens, positions, valid))
+        where = slice(0, top) if dense else torch.tensor(slots, device=device)
+        self.cache.plan(where, positions, valid, int(self.length[slots].max()))
+        hidden = _read(self.backbone, self.cache, tokens, positions)  # [B, T, D]
+        last = torch.tensor([len(ids) - 1 for ids in fed], device=device)
+        return self.head(hidden[torch.tensor(rows, device=device), last]).float()
+
+
+def _read(backbone, cache: "SlotCache", tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden states [B, T, D] of new tokens [B, T] behind what `cache` holds; it knows from `plan` in which slots these are."""
+    # Causal, and no row sees past its own.
+    mask = torch.arange(cache.in_use, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, T, S]
+    return backbone(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                    use_cache=True).last_hidden_state
+
+
+class SlotCache:
+    """Keys and values of all slots, as transformers' attention layers expect a cache: they call `update`, no more."""
+
+    is_compileable = False
+
+    def __init__(self, slots: int, context: int):
+        self.slots, self.context = slots, context
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys, values: [slots, heads, context, size] each
+
+    def plan(self, rows: slice | torch.Tensor, positions: torch.Tensor, valid: torch.Tensor, in_use: int) -> None:
+        """Say which slots the next forward pass is about, where its tokens [B, T] go, and which of them are padding."""
+        slots = torch.arange(self.slots, device=positions.device)[rows][:, None].expand_as(positions)
+        self.rows, self.valid, self.in_use = rows, valid, in_use
+        self.at = slots[valid], positions[valid]  # [M] each
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, ...]:
+        """Write the new keys and values [B, heads, T, size]; return all that the rows hold [B, heads, S, size]."""
+        if layer_idx == len(self.layers):
+            shape = (self.slots, keys.shape[1], self.context, keys.shape[3])
+            self.layers.append((keys.new_zeros(shape), values.new_zeros(*shape[:3], values.shape[3])))
+        slots, positions = self.at
+        out = []
+        for store, new in zip(self.layers[layer_idx], (keys, values)):
+            store[slots, :, positions] = new.transpose(1, 2)[self.valid]
+            out.append(store[self.rows, :, : self.in_use])
+        return out[0], out[1]
+
+    def copy(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copy the first n tokens of one slot into another, for each (from, to, n)."""
+        longest = max((n for _, _, n in copies), default=0)
+        if longest:
+            source, target = (torch.tensor(x) for x in list(zip(*copies))[:2])
+            for store in (s for layer in self.layers for s in layer):
+                store[target, :, :longest] = store[source, :, :longest]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.in_use
+
+
+def _common_prefix(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """How many leading tokens of `ids` each row shares.
+
+    >>> _common_prefix(np.array([[1, 2, 9], [1, 2, 3], [7, 2, 3]]), np.array([1, 2, 3])).tolist()
+    [2, 3, 0]
+    """
+    width = min(rows.shape[1], len(ids))
+    differ = rows[:, :width] != ids[:width]
+    return np.where(differ.any(1), differ.argmax(1), width)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models: which ones will do, and a small one
+
+
+@torch.no_grad()
+def check_model(model) -> None:
+    """Raise ValueError unless the model's logits are its head times what its layers make of keys and values in slots.
+
+    This file and grpo.py rely on it. Says what is in the way if it is known; else compares numbers, in three short passes.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    window = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
+    kinds = set(getattr(config, "layer_types", None) or window)
+    obstacles = {f"its layers are of the kind {', '.join(sorted(kinds))}": kinds - {"full_attention"},
+                 "its head has a bias": getattr(head, "bias", None) is not None,
+                 "its logits are capped": getattr(config, "final_logit_softcapping", None)}
+    try:
+        obstacles["its logits are not its head times its last hidden states"] = not _agrees(model, head)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:  # a model of another make
+        obstacles[f"{type(e).__name__}: {e}"] = True
+    for obstacle, found in obstacles.items():
+        if found:
+            raise ValueError(f"{type(model).__name__} cannot be used here: {obstacle}")
+
+
+def _agrees(model, head) -> bool:
+    """Do two passes through slots give the logits of one without?"""
+    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]  # [1, 8]: tokens, and their positions
+    cache, hidden = SlotCache(1, 8), []
+    for part in (slice(0, 5), slice(5, 8)):
+        positions = torch.arange(8, device=ids.device)[None, part]
+        cache.plan(slice(0, 1), positions, torch.ones_like(positions, dtype=torch.bool), part.stop)
+        hidden.append(_read(model.base_model, cache, ids[:, part], positions))
+    ours, theirs = (torch.cat(hidden, 1) @ head.weight.T).float(), model(input_ids=ids).logits.float()
+    tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 0.1
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+
+
+def small_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama of about a million parameters, random but the same for the same seed.
+
+    >>> sum(p.numel() for p in small_model(1024).parameters())
+    869248
+    """
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=512, tie_word_embeddings=True, initializer_range=0.08,
+                         max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Episodes
+
+
+def play(starts: list[Callable[[], Coroutine]], at_once: int) -> list:
+    """Run many episodes, at most `at_once` at a time; results in the order of `starts`. The first failure is raised.
+
+    starts: functions that make an agent's coroutine, such as `lambda: Agent(engine, chat).run(env, seed)`.
+    """
+
+    async def all_of_them() -> list:
+        gate = asyncio.Semaphore(at_once)
+
+        async def one(start: Callable[[], Coroutine]):
+            async with gate:
+                return await start()
+
+        return await asyncio.gather(*(one(start) for start in starts))
+
+    return asyncio.run(all_of_them())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python rollout.py
+
+
+async def _talk(engine: Engine, prompt: list[int], seed: int, turns: int = 5) -> list[int]:
+    """A stand-in for an agent: what it samples, answered by random tokens of a world, several times."""
+    rng, ids = Random(seed), list(prompt)
+    for _ in range(turns):
+        ids += (await engine.generate(ids, 32, rng=rng)).ids
+        ids += [rng.randrange(1024) for _ in range(12)]
+    return ids
+
+
+def _demo(agents: int = 64) -> None:
+    model = small_model(1024)
+    prompt = [Random(0).randrange(1024) for _ in range(200)]
+
+    def talk(numbers) -> tuple[Engine, list[list[int]], float]:
+        engine = Engine(model, stop_ids=set(range(32)), context=512)
+        start = time.perf_counter()
+        return engine, play([lambda n=n: _talk(engine, prompt, n) for n in numbers], agents), time.perf_counter() - start
+
+    talk([0])  # the first pass of all is slow
+    engine, together, seconds = talk(range(agents))
+    single, [alone], seconds_alone = talk([17])
+    n = engine.stats
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.2f}M parameters, {torch.get_num_threads()} threads; {agents} agents of 5 turns behind one prompt of "
+          f"{len(prompt)} tokens")
+    print(f"  speed     {n['sampled'] / seconds:,.0f} sampled tokens per second; one agent alone: "
+          f"{single.stats['sampled'] / seconds_alone:,.0f}")
+    print(f"  reuse     {n['read']:,} tokens went through the model in {n['passes']} passes; without slots that outlive a turn, "
+          f"{n['context'] + n['sampled'] - agents * 5:,}")
+    print(f"  streams   agent 17 alone and among {agents}: {'the same tokens' if alone == together[17] else 'DIFFERENT TOKENS'}")
+
+
+if __name__ == "__main__":
+    _demo()

@@ -1,0 +1,625 @@
+"""grpo.py: who gets which advantage, which tokens are trained with which weight, and that cutting the batch changes nothing.
+
+The reference is written out here token by token, with a plain forward pass per segment and autograd: `loss_by_hand`.
+"""
+
+import copy
+import math
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import fields, replace
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import grpo
+from grpo import (
+    GRPOConfig,
+    Row,
+    advantages,
+    common_prefix,
+    hidden_states,
+    make_packs,
+    make_rows,
+    pack_loss,
+    token_weights,
+    turn_advantages,  # fmt: skip
+    update,
+)
+from kernels import linear_logps, linear_policy_loss
+
+V = 30
+
+
+def tiny(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=24, initializer_range=0.2, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def segment(ids, sampled, turn=None, logps=None):
+    sampled = [bool(s) for s in sampled]
+    return SimpleNamespace(ids=list(ids), sampled=sampled, turn=turn or [0] * len(sampled),
+                           logps=logps or [-1.0 * s for s in sampled])
+
+
+def episode(reward, group=0, segments=None, states=("s",), finish="answered"):
+    return SimpleNamespace(segments=segments or [segment([1, 2, 3], [0, 1, 1])], reward=reward, group=group, finish=finish,
+                           states=list(states), turns=len(states))
+
+
+def batch(seed=0, groups=3, size=4, model=None, noise=0.0):
+    """Groups that share a prompt; episodes of 1 to 3 turns in 1 or 2 segments; log-probs of sampling near the model's own."""
+    rng, episodes = Random(seed), []
+    for g in range(groups):
+        prompt = [rng.randrange(V) for _ in range(3 + 4 * g)]
+        for _ in range(size):
+            turns, segments = rng.randint(1, 3), []
+            s = segment(prompt, [0] * len(prompt), [-1] * len(prompt))
+            for t in range(turns):
+                n, m = rng.randint(1, 4), rng.randint(1, 3)
+                s.ids += [rng.randrange(V) for _ in range(n + m)]
+                s.sampled += [True] * n + [False] * m
+                s.turn += [t] * (n + m)
+                if t == 1:  # the window is full: a new segment, with the prompt and the last observation
+                    segments.append(s)
+                    s = segment(prompt + s.ids[-m:], [0] * (len(prompt) + m), [-1] * len(prompt) + [t] * m)
+            segments += [s] if any(s.sampled) or not segments else []
+            for s in segments:
+                s.logps = [0.0] * len(s.ids)
+                if model is not None:
+                    own = logps_of(model, s.ids).tolist()
+                    s.logps = [own[p - 1] + rng.gauss(0, noise) if sampled else 0.0 for p, sampled in enumerate(s.sampled)]
+            episodes.append(episode(rng.random(), g, segments, [f"{g}/{t}/{rng.randint(0, 1)}" for t in range(turns)]))
+    return episodes
+
+
+def logps_of(model, ids, temperature=1.0):
+    """Log-prob of each token but the first, one plain pass: [len(ids) - 1]."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def loss_by_hand(model, rows, weight_of, term, temperature=1.0):
+    """sum over tokens of weight * term(logp, advantage, sampling logp), without packs, kernels or caches."""
+    total = 0.0
+    for r in rows:
+        logps = logps_of(model, r.ids, temperature)
+        for p, a, behaviour in zip(r.trained, r.advantages, r.logps):
+            total = total + weight_of(r) * term(logps[p - 1], a, behaviour)
+    return total
+
+
+def gradient(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()]).clone()
+
+
+def fused(model, rows, config, temperature=1.0):
+    """The loss of all packs, by grpo.py."""
+    return sum(pack_loss(model, pack, config, temperature)[0] for pack in make_packs(rows, config))
+
+
+def close(a, b, relative=1e-6):
+    return (a - b).abs().max() <= relative * b.abs().max() and b.abs().max() > 0
+
+
+def flat(optimizer):
+    return torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
+
+
+class Watch(torch.optim.SGD):
+    """Writes down the gradients it is given, and leaves the weights as they are."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+        self.seen = []
+
+    def step(self):
+        self.seen.append(flat(self))
+
+
+# ---- Advantages ----------------------------------------------------------------------------------------------------------------
+
+def test_contract_07_a_group_of_one_or_of_equals_gives_exactly_zero():
+    """Group of 1: verl, rLLM use the raw reward as advantage. The mean of seven times 0.35 is next to 0.35, not 0.35."""
+    for options in ({}, {"divide_by_std": True}, {"leave_one_out": True}):
+        assert advantages([0.7], [3], **options) == [0.0]
+        for reward in (0.1, 0.35, 1 / 3, 1.0):
+            assert advantages([reward] * 7, [0] * 7, **options) == [0.0] * 7
+    assert turn_advantages([episode(0.35, states=("a", "b")) for _ in range(7)]) == [[0.0, 0.0]] * 7
+
+
+@pytest.mark.parametrize("options", [{"divide_by_std": True}, {"leave_one_out": True},
+                                     {"divide_by_std": True, "leave_one_out": True}])
+def test_contract_07_a_tiny_spread_never_explodes(options):
+    """NeMo-RL PR 4158: seven times 0.35 and noise of 1e-7 became advantages of 7428."""
+    rng = Random(0)
+    assert max(map(abs, advantages([0.35 + rng.uniform(-1e-7, 1e-7) for _ in range(7)], [0] * 7, **options))) < 1e-2
+    for scale in (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0):
+        rewards = [scale * rng.random() for _ in range(8)]
+        bound = math.sqrt(7) if not options.get("leave_one_out") else 8 / 7 * math.sqrt(7)
+        assert max(map(abs, advantages(rewards, [0] * 8, **options))) <= bound * (1 + 1e-9)
+
+
+def test_contract_07_statistics_are_over_episodes_not_segments():
+    """miles #2378, agent-lightning PR 445: three segments of reward 1 against one of reward 0 are +-0.5, not +0.25, -0.75."""
+    long, short = episode(1.0, segments=[segment([1, 2, k], [0, 1, 1]) for k in (3, 4, 5)]), episode(0.0)
+    rows, values, _ = make_rows([long, short], GRPOConfig())
+    assert values == [0.5, -0.5] and len(rows) == 4
+    assert [r.advantages for r in rows] == [[0.5, 0.5]] * 3 + [[-0.5, -0.5]]
+
+
+def test_advantages_are_the_published_ones():
+    """GRPO divides by the standard deviation, Dr. GRPO and DAPO here do not, RLOO compares with the others' mean."""
+    rewards, groups = [1.0, 0.2, 0.6, 0.0, 0.5, 1.0], [0, 1, 0, 0, 1, 1]
+    for i, a in enumerate(advantages(rewards, groups)):
+        own = [r for r, g in zip(rewards, groups) if g == groups[i]]
+        others = [r for j, (r, g) in enumerate(zip(rewards, groups)) if g == groups[i] and j != i]
+        assert a == pytest.approx(rewards[i] - np.mean(own))
+        assert advantages(rewards, groups, divide_by_std=True)[i] == pytest.approx((rewards[i] - np.mean(own)) / np.std(own))
+        assert advantages(rewards, groups, leave_one_out=True)[i] == pytest.approx(rewards[i] - np.mean(others))
+
+
+def test_close_rewards_keep_their_order():
+    """agent-lightning cast rewards to bfloat16, where 0.999 is 1.0."""
+    a = advantages([0.999, 1.0], [0, 0])
+    assert a == pytest.approx([-0.0005, 0.0005])
+    rows, _, _ = make_rows([episode(0.999), episode(1.0)], GRPOConfig())
+    assert len(rows) == 2 and make_packs(rows, GRPOConfig())[0].advantages.unique().numel() == 2
+
+
+def test_order_of_episodes_does_not_matter():
+    """Mapping by position corrupts silently (SkyRL): shuffled in, shuffled back out."""
+    episodes, order = batch(1), list(range(12))
+    Random(3).shuffle(order)
+    config = GRPOConfig(turn_credit=0.5)
+    _, values, groups = make_rows(episodes, config)
+    _, shuffled, same = make_rows([episodes[i] for i in order], config)
+    assert [values[i] for i in order] == pytest.approx(shuffled) and groups == same
+
+
+def test_turn_credit_passes_the_stop_or_continue_test():
+    """verl #7244: stop ends with 0, go on and get 1. The true gradient of the first choice is p (1 - p) > 0.
+
+    Comparing turns by number among those still alive gives exactly 0. By state, the first turn gets its due, and the second,
+    where all who are there succeed, gets nothing.
+    """
+    going, stopping = [episode(1.0, states=("door", "room")) for _ in range(3)], [episode(0.0, states=("door",))]
+    credit = turn_advantages(going + stopping)
+    assert credit == [[0.25, 0.0]] * 3 + [[-0.75]]
+    p = 0.75  # d logp(go) = 1 - p, d logp(stop) = -p
+    estimate = np.mean([c[0] * ((1 - p) if len(c) == 2 else -p) for c in credit])
+    assert estimate == pytest.approx(p * (1 - p))
+
+
+def test_turn_credit_compares_equal_states_of_the_same_task_once_per_episode():
+    """ROLL grouped by state alone, across tasks. A state an episode runs through twice must not count twice in the baseline."""
+    episodes = [episode(1.0, 0, states=("a", "a", "b")), episode(0.0, 0, states=("a",)), episode(0.4, 1, states=("a",))]
+    assert turn_advantages(episodes) == [[0.5, 0.5, 0.0], [-0.5], [0.0]]
+
+
+def test_turn_credit_reaches_the_tokens_of_its_turn():
+    """Advantage of a token = the episode's + turn_credit times its turn's; a turn without signal is not trained."""
+    two = segment([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [-1, 0, 0, 1, 1])
+    one = segment([1, 2], [0, 1], [-1, 0])
+    episodes = [episode(1.0, segments=[two], states=("a", "b")), episode(0.0, segments=[one], states=("a",))]
+    rows, values, _ = make_rows(episodes, GRPOConfig(turn_credit=2.0))
+    assert values == [0.5, -0.5]
+    assert [r.advantages for r in rows] == [[1.5, 0.5, 0.5], [-1.5]]
+
+
+# ---- Rows and weights ----------------------------------------------------------------------------------------------------------
+
+def test_episodes_that_failed_leave_their_group():
+    """An environment that broke, or a reward that is no number, tells nothing of the policy: not trained, not in the baseline."""
+    for bad in (episode(0.0, finish="error"), episode(float("nan")), episode(float("inf"))):
+        rows, values, groups = make_rows([episode(1.0), bad, episode(0.0)], GRPOConfig())
+        assert values == [0.5, 0.0, -0.5] and len(rows) == 2 and groups == {"no_signal": 0.0}
+    assert make_rows([episode(1.0), episode(0.0, finish="error")], GRPOConfig()) == ([], [0.0, 0.0], {"no_signal": 1.0})
+    assert make_rows([], GRPOConfig()) == ([], [], {"no_signal": 1.0})
+
+
+def test_groups_without_signal_are_skipped_and_counted():
+    """They make no row, do not dilute the others' weights, and the share of them is reported."""
+    lively = [episode(1.0, 0), episode(0.0, 0)]
+    dull = [episode(1.0, g) for g in (1, 1, 2, 3, 3)]
+    rows, values, groups = make_rows(lively + dull, GRPOConfig())
+    assert groups == {"no_signal": 0.75} and values == [0.5, -0.5] + [0.0] * 5
+    for normaliser in ("token", "episode", "constant"):
+        config = GRPOConfig(normaliser=normaliser)
+        assert rows == make_rows(lively, config)[0]
+        assert token_weights(rows, config) == token_weights(make_rows(lively, config)[0], config)
+
+
+def test_an_update_without_signal_changes_nothing_and_divides_by_nothing():
+    """All groups equal (often so at the end of a run): a report, no step, no NaN in the loss."""
+    model = tiny()
+    watch = Watch(model)
+    report = update(model, watch, [], GRPOConfig(epochs=3))
+    assert watch.seen == [] and report["loss"] == 0.0 and report["grad_norm"] == 0.0 and report["skipped"] == 0
+
+
+@pytest.mark.parametrize(("normaliser", "expected"), [
+    ("token", lambda n, total, episodes: 1 / total),  # DAPO: every token of the batch the same
+    ("episode", lambda n, total, episodes: 1 / (n * episodes)),  # GRPO: the mean of each episode's mean
+    ("constant", lambda n, total, episodes: 1 / (100 * episodes))])  # Dr. GRPO: no length in it
+def test_token_weights_are_the_published_ones(normaliser, expected):
+    """Closed forms; n is the length of the episode over all its segments."""
+    config = GRPOConfig(normaliser=normaliser, normaliser_tokens=100)
+    rows, _, _ = make_rows(batch(), config)
+    n = defaultdict(int)
+    for r in rows:
+        n[r.episode] += len(r.trained)
+    for r, weights in zip(rows, token_weights(rows, config)):
+        assert weights == pytest.approx([expected(n[r.episode], sum(n.values()), len(n))] * len(r.trained))
+
+
+# ---- The gradient --------------------------------------------------------------------------------------------------------------
+
+def test_contract_03_the_gradient_reaches_a_logit_iff_its_token_was_sampled():
+    """RAGEN, Search-R1: observations in the loss. Here the gradient of each position's hidden state is looked at."""
+    model, episodes = tiny(), batch(2)
+    episodes.append(episode(0.3, group=9, segments=[segment([1, 2, 3], [0, 1, 1])]))  # a group of one: no signal
+    rows, _, _ = make_rows(episodes, GRPOConfig())
+    for row in rows:
+        [pack] = make_packs([row], GRPOConfig(entropy_coef=0.1))
+        caught = []
+        handle = model.model.norm.register_forward_hook(lambda m, i, out, caught=caught: caught.append(out))
+        loss, _ = pack_loss(model, pack, GRPOConfig(entropy_coef=0.1))
+        handle.remove()
+        moved = torch.autograd.grad(loss, caught[0])[0][0].abs().sum(-1) > 0  # [T]: the state at p predicts token p + 1
+        source = next(s for e in episodes for s in e.segments if s.ids is row.ids)
+        assert moved.tolist() == source.sampled[1:] + [False]
+    assert not any(r.ids == [1, 2, 3] for r in rows)
+
+
+def test_contract_03_observations_change_neither_loss_nor_gradient_nor_metrics():
+    """Any log-prob may stand at a token the policy did not sample, with KL, entropy and the correction for the engine on."""
+    config = GRPOConfig(kl_coef=0.1, entropy_coef=0.01, tis_cap=2.0, epochs=2)
+    results = []
+    for fill in (0.0, -7.0, float("nan")):
+        model = tiny()
+        episodes = batch(3, model=model, noise=0.1)
+        for s in (s for e in episodes for s in e.segments):
+            s.logps = [x if sampled else fill for x, sampled in zip(s.logps, s.sampled)]
+        watch = Watch(model)
+        report = update(model, watch, make_rows(episodes, config)[0], config, reference=tiny(1))
+        results.append((report, watch.seen))
+    for report, seen in results[1:]:
+        assert report == results[0][0] and all(torch.equal(a, b) for a, b in zip(seen, results[0][1], strict=True))
+    assert all(math.isfinite(x) for x in results[0][0].values())
+
+
+def test_contract_04_ratio_is_one_before_the_first_update():
+    """At temperature 0.7: log-probs of packs are those of plain passes, the ratio is exactly 1, the KL to sampling 0."""
+    torch.manual_seed(0)
+    model = tiny(dtype=torch.float32)
+    episodes = batch(4)
+    for s in (s for e in episodes for s in e.segments):
+        s.logps = [0.0, *logps_of(model, s.ids, 0.7).tolist()]
+    rows, _, _ = make_rows(episodes, GRPOConfig())
+    for size in (1, 60, 10**6):
+        for pack in make_packs(rows, GRPOConfig(pack_tokens=size)):
+            _, stats = pack_loss(model, pack, GRPOConfig(), 0.7)
+            assert (stats.logps - pack.behavior_logps).abs().max() < 1e-5
+            assert (stats.ratio == 1).all()
+    report = update(model, Watch(model), rows, GRPOConfig(), 0.7)
+    assert report["ratio_max"] == 1.0 and report["clipped"] == 0.0 and abs(report["kl"]) < 1e-6
+
+
+CUTS = [{}, {"sequence_ratio": True}, {"kind": "cispo", "entropy_coef": 0.1}, {"normaliser": "episode", "turn_credit": 0.5}]
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_contract_06_the_update_does_not_depend_on_how_it_is_cut(options):
+    """TRL #3021, open-instruct #1161, nanochat: packs of one row, of some, of all; rows in any order; three epochs."""
+    results = []
+    for size, seed in ((1, None), (40, None), (200, 1), (10**6, None), (10**6, 2)):
+        model = tiny()
+        config = GRPOConfig(pack_tokens=size, epochs=3, max_grad_norm=1e9, **options)
+        rows, _, _ = make_rows(batch(5), config)
+        if seed:
+            Random(seed).shuffle(rows)
+        optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.3), []
+        optimizer.register_step_pre_hook(lambda o, *_, seen=seen: seen.append(flat(o)))
+        report = update(model, optimizer, rows, config)
+        results.append((seen, report, len(make_packs(rows, config))))
+    assert results[0][2] > results[1][2] > results[3][2]
+    for seen, report, _ in results[1:]:
+        assert len(seen) == 3 and all(close(a, b) for a, b in zip(seen, results[0][0], strict=True))
+        assert report == pytest.approx(results[0][1], rel=1e-6, abs=1e-9)
+
+
+def test_contract_06_split_segments_give_the_same_gradient():
+    """An episode's turns as one segment, or each in a segment of its own: each token is trained once, in the same context."""
+    model, config = tiny(), GRPOConfig(normaliser="episode")
+    grads = []
+    for split in (False, True):
+        episodes = []
+        for e in batch(6):
+            segments = []
+            for s in e.segments:
+                turns = sorted({t for t, sampled in zip(s.turn, s.sampled) if sampled}) if split else [None]
+                for t in turns:
+                    end = max(p for p, turn in enumerate(s.turn) if turn == t) + 1 if split else len(s.ids)
+                    marks = [x and t in (None, turn) for x, turn in zip(s.sampled[:end], s.turn)]
+                    segments.append(segment(s.ids[:end], marks, s.turn[:end]))
+            episodes.append(episode(e.reward, e.group, segments, e.states))
+        rows, _, _ = make_rows(episodes, config)
+        grads.append((gradient(fused(model, rows, config), model), len(rows), sum(len(r.trained) for r in rows)))
+    assert grads[1][1] > grads[0][1] and grads[1][2] == grads[0][2]
+    assert close(grads[1][0], grads[0][0])
+
+
+def test_packed_rows_have_the_hidden_states_and_gradients_of_rows_alone():
+    """Trunk and branches: the gradient of every branch reaches the trunk, sampled tokens inside the trunk count for each row."""
+    model = tiny()
+    shared = [3, 1, 4, 1, 5, 9]
+    rows = [Row(shared + rest, list(range(4, 6 + len(rest))), [a] * (2 + len(rest)), [0.0] * (2 + len(rest)), i)
+            for i, (rest, a) in enumerate([([2, 6], 1.0), ([5, 3, 5], -0.5), ([2], 0.25)])]
+    config = GRPOConfig(kind="reinforce")
+    [pack] = make_packs(rows, config)
+    assert pack.trunk.shape == (1, 6) and pack.ids.shape == (3, 3)
+    total = sum(len(r.trained) for r in rows)
+    expected = loss_by_hand(model, rows, lambda r: 1 / total, lambda logp, a, _: -a * logp)
+    loss, _ = pack_loss(model, pack, config)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert close(gradient(loss, model), gradient(expected, model))
+
+
+def test_packs_are_bounded_keep_episodes_whole_and_share_prefixes():
+    """A pack computes at most `pack_tokens` unless one episode alone needs more; each token is in one pack; prompts once."""
+    rng = Random(0)
+    prompts = [[rng.randrange(V) for _ in range(40)] for _ in range(4)]
+    tails = [[rng.randrange(V) for _ in range(rng.randint(5, 9))] for _ in range(64)]
+    rows = [Row(prompts[i // 2 % 4] + tail, [40, 42], [1.0, 1.0], [0.0, 0.0], i // 2) for i, tail in enumerate(tails)]
+    config = GRPOConfig(pack_tokens=130)
+    packs, place = make_packs(rows, config), {}
+    for k, pack in enumerate(packs):
+        assert pack.trunk.shape[1] + pack.ids.numel() <= 130 or pack.episodes.unique().numel() == 1
+        for e in pack.episodes.unique().tolist():
+            assert place.setdefault(e, k) == k
+    assert sum(len(p.targets) for p in packs) == sum(len(r.trained) for r in rows)
+    computed = sum(p.trunk.shape[1] + p.ids.numel() for p in make_packs(rows, GRPOConfig(pack_tokens=10**6)))
+    assert computed < 0.3 * sum(len(r.ids) for r in rows)
+
+
+def test_common_prefix_leaves_each_row_a_token():
+    """A row that is a prefix of another still needs a branch; a row alone has no trunk."""
+
+    def row(*ids):
+        return Row(list(ids), [1], [1.0], [0.0], 0)
+
+    assert common_prefix([row(1, 2, 3), row(1, 2, 3, 4)]) == 2
+    assert common_prefix([row(1, 2, 3)]) == 0
+    assert common_prefix([row(1, 2), row(2, 2)]) == 0
+    assert common_prefix([row(1, 2, 3, 4)] * 3) == 3
+
+
+# ---- The published algorithms, end to end --------------------------------------------------------------------------------------
+
+def clipped_term(low, high):
+    return lambda logp, a, old: -torch.minimum((logp - old).exp() * a, (logp - old).exp().clamp(1 - low, 1 + high) * a)
+
+
+@pytest.mark.parametrize("options", [{"divide_by_std": True, "normaliser": "episode", "eps_high": 0.2},  # GRPO
+                                     {"normaliser": "constant", "normaliser_tokens": 50},  # Dr. GRPO
+                                     {"normaliser": "token"},  # DAPO
+                                     {"leave_one_out": True}])  # RLOO
+def test_second_epoch_gradient_is_the_formula(options):
+    """Gradient of the second epoch against the papers' formula, ratios to the policy of the first, at temperature 0.7."""
+    model = tiny()
+    config = GRPOConfig(epochs=2, pack_tokens=60, max_grad_norm=1e9, **options)
+    rows, _, _ = make_rows(batch(7), config)
+    before = copy.deepcopy(model)
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=1.0), []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append((copy.deepcopy(model), flat(o))))
+    report = update(model, optimizer, rows, config, 0.7)
+    with torch.no_grad():
+        for r in rows:
+            own = logps_of(before, r.ids, 0.7).tolist()
+            r.logps = [own[p - 1] for p in r.trained]
+    weights = {id(r): w[0] for r, w in zip(rows, token_weights(rows, config))}
+    for at, grad in seen:
+        expected = loss_by_hand(at, rows, lambda r: weights[id(r)], clipped_term(config.eps_low, config.eps_high), 0.7)
+        assert close(grad, gradient(expected, at))
+    assert report["ratio_max"] > 1.01 and report["clipped"] > 0
+
+
+def test_gspo_has_one_ratio_for_an_episode_over_all_its_segments():
+    """exp of the mean log-ratio over the tokens of the episode, not of a segment or turn (SkyRL); the gradient as well."""
+    model, old = tiny(), tiny(1)
+    config = GRPOConfig(sequence_ratio=True, pack_tokens=60)
+    rows, _, _ = make_rows(batch(8), config)
+    gaps = defaultdict(list)
+    for r in rows:
+        now, then = logps_of(model, r.ids), logps_of(old, r.ids).detach()
+        gaps[r.episode] += [(now - then)[p - 1] for p in r.trained]
+    a = {r.episode: r.advantages[0] for r in rows}
+    total = sum(map(len, gaps.values()))
+    expected = 0.0
+    for e, gap in gaps.items():
+        ratio = (sum(gap) / len(gap)).exp()
+        expected = expected - len(gap) / total * torch.minimum(ratio * a[e], ratio.clamp(0.8, 1.28) * a[e])
+    packs = make_packs(rows, config)
+    for pack in packs:
+        pack.old_logps = linear_logps(hidden_states(old, pack), old.get_output_embeddings().weight, pack.targets)[0]
+    assert len(packs) > 1 and any(len([r for r in rows if r.episode == e]) > 1 for e in a)
+    loss = sum(pack_loss(model, pack, config)[0] for pack in packs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert close(gradient(loss, model), gradient(expected, model))
+
+
+def test_cispo_and_reinforce_reach_the_kernel():
+    """CISPO: the clipped ratio weighs the log-prob's gradient, no token is dropped; REINFORCE: no ratio at all."""
+    model, old = tiny(), tiny(1)
+    rows, _, _ = make_rows(batch(9), GRPOConfig())
+    for r in rows:
+        own = logps_of(old, r.ids).tolist()
+        r.logps = [own[p - 1] for p in r.trained]
+    total = sum(len(r.trained) for r in rows)
+    terms = {"cispo": lambda logp, a, then: -(logp - then).exp().clamp(0.8, 1.28).detach() * a * logp,
+             "reinforce": lambda logp, a, _: -a * logp}
+    for kind, term in terms.items():
+        config = GRPOConfig(kind=kind)
+        packs = make_packs(rows, config)
+        for pack in packs:
+            pack.old_logps = pack.behavior_logps
+        loss = sum(pack_loss(model, pack, config)[0] for pack in packs)
+        assert close(gradient(loss, model), gradient(loss_by_hand(model, rows, lambda r: 1 / total, term), model), 1e-5)
+
+
+def test_every_option_of_the_loss_reaches_the_kernel(monkeypatch):
+    """An option that is parsed, logged and never passed on is the quietest of bugs."""
+    config = GRPOConfig(eps_low=0.11, eps_high=0.37, dual_clip=3.5, tis_cap=2.5, kl_coef=0.3, entropy_coef=0.07, kind="cispo",
+                        sequence_ratio=True)
+    seen = {}
+    monkeypatch.setattr(grpo, "linear_policy_loss", lambda *args, **kw: seen.update(kw) or linear_policy_loss(*args, **kw))
+    model = tiny()
+    update(model, Watch(model), make_rows(batch(), config)[0], config, 0.7, tiny(1))
+    for name in ("eps_low", "eps_high", "dual_clip", "tis_cap", "kl_coef", "entropy_coef", "kind"):
+        assert seen[name] == getattr(config, name)
+    assert seen["temperature"] == 0.7
+    assert all(seen[name] is not None for name in ("behavior_logps", "ref_logps", "sequence_ids"))
+
+
+def test_tis_weighs_tokens_by_how_likely_they_are_here():
+    """Rollouts in another precision: min(exp(own - engine's), cap), without gradient, times the plain gradient."""
+    model, config = tiny(), GRPOConfig(tis_cap=1.2)
+    rows, _, _ = make_rows(batch(10, model=model, noise=0.5), config)
+    total = sum(len(r.trained) for r in rows)
+
+    def term(logp, a, engine):
+        return -(logp - engine).exp().clamp(max=1.2).detach() * (logp - logp.detach()).exp() * a
+
+    expected = loss_by_hand(model, rows, lambda r: 1 / total, term)
+    assert close(gradient(fused(model, rows, config), model), gradient(expected, model), 1e-5)
+
+
+def test_kl_is_to_the_reference_at_the_sampling_temperature():
+    """k3 = exp(d) - d - 1, d = log(reference / policy), over sampled tokens only; a model that is its own reference has none."""
+    model, reference = tiny(), tiny(1)
+    config = GRPOConfig(kl_coef=0.5, max_grad_norm=1e9)
+    rows, _, _ = make_rows(batch(11), config)
+    total = sum(len(r.trained) for r in rows)
+    for r in rows:
+        r.logps = [logps_of(reference, r.ids, 0.7).tolist()[p - 1] for p in r.trained]
+
+    def term(logp, a, ref):
+        return -a * (logp - logp.detach()).exp() + 0.5 * ((ref - logp).exp() - (ref - logp) - 1)
+
+    watch = Watch(model)
+    update(model, watch, rows, config, 0.7, reference)
+    expected = gradient(loss_by_hand(model, rows, lambda r: 1 / total, term, 0.7), model)
+    assert close(watch.seen[0], expected, 1e-5)
+    own, without = Watch(model), Watch(model)
+    update(model, own, rows, config, 0.7, copy.deepcopy(model))
+    update(model, without, rows, replace(config, kl_coef=0.0), 0.7)
+    assert close(own.seen[0], without.seen[0])
+
+
+def test_kl_without_a_reference_is_one_clear_error():
+    """Not a KL of zero to nothing."""
+    model, config = tiny(), GRPOConfig(kl_coef=0.1)
+    with pytest.raises(ValueError, match="kl_coef needs"):
+        update(model, Watch(model), make_rows(batch(), config)[0], config)
+
+
+def test_later_epochs_compare_with_the_first(monkeypatch):
+    """The ratio of the second epoch is to the policy before the first, so is that of the third, never to the engine's word."""
+    model, config = tiny(), GRPOConfig(epochs=3)
+    episodes = batch(12)  # the engine's log-probs are all 0 here: nonsense that must not matter
+    rows, _, _ = make_rows(episodes, config)
+    before, seen = copy.deepcopy(model), []
+    monkeypatch.setattr(grpo, "pack_loss", lambda m, pack, *x: seen.append((pack, pack.old_logps)) or pack_loss(m, pack, *x))
+    update(model, torch.optim.SGD(model.parameters(), lr=0.5), rows, config)
+    packs = len(seen) // 3
+    for i, (pack, old) in enumerate(seen):
+        first = linear_logps(hidden_states(before, pack), before.get_output_embeddings().weight, pack.targets)[0]
+        assert old is None if i < packs else torch.allclose(old, first)
+
+
+# ---- The optimizer -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_applied(bad):
+    """A NaN in Adam's averages stays for ever. Weights and state must be untouched bit for bit, and the report must say so."""
+    model, config = tiny(), GRPOConfig(epochs=2)
+    rows, _, _ = make_rows(batch(13), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert update(model, optimizer, rows, config)["skipped"] == 0
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    poisoned = [replace(r) for r in rows]
+    poisoned[0] = replace(rows[0], advantages=[bad] * len(rows[0].trained))
+    report = update(model, optimizer, poisoned, config)
+    assert report["skipped"] == 2 and not math.isfinite(report["grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(state[k][name], after[k][name]) for k in state for name in state[k])
+    assert all(p.grad is None for p in model.parameters())
+    assert update(model, optimizer, rows, config)["skipped"] == 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_gradient_is_scaled_down_to_the_norm():
+    """And the norm before that is what is reported."""
+    model = tiny()
+    rows, _, _ = make_rows(batch(14), GRPOConfig())
+    free, bound = Watch(model), Watch(model)
+    norm = update(model, free, rows, GRPOConfig(max_grad_norm=1e9))["grad_norm"]
+    assert norm == pytest.approx(free.seen[0].norm().item())
+    assert update(model, bound, rows, GRPOConfig(max_grad_norm=norm / 10))["grad_norm"] == pytest.approx(norm)
+    assert bound.seen[0].norm().item() == pytest.approx(norm / 10, rel=1e-3)
+
+
+def test_options_explain_themselves():
+    """train.py shows these on its command line."""
+    assert all(f.metadata.get("help") for f in fields(GRPOConfig))
+
+
+# ---- Learning ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [{}, {"divide_by_std": True, "normaliser": "episode"},
+                                     {"leave_one_out": True, "sequence_ratio": True}, {"kind": "cispo", "epochs": 2}], ids=str)
+def test_a_perfectible_set_is_perfected(options):
+    """2510.26788: what a model can already do now and then, a correct trainer brings above 95 %. Six questions, 12 answers."""
+    model, config = tiny(dtype=torch.float32), GRPOConfig(entropy_coef=0.01, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    questions = torch.arange(6)
+
+    def policy():
+        with torch.no_grad():
+            return (model(input_ids=questions[:, None]).logits[:, 0] + torch.where(torch.arange(V) < 12, 0.0, -1e9)).softmax(-1)
+
+    def success():
+        return policy()[questions, (questions * 5 + 1) % 12].mean().item()
+
+    torch.manual_seed(0)
+    before = success()
+    for _ in range(60):
+        answers = torch.multinomial(policy(), 16, replacement=True)
+        episodes = [episode(float(a == (q * 5 + 1) % 12), q, [segment([q, a], [0, 1], [-1, 0])])
+                    for q, row in enumerate(answers.tolist()) for a in row]
+        update(model, optimizer, make_rows(episodes, config)[0], config)
+    assert before < 0.3 and success() > 0.95
+
+
+def test_the_demo_runs_with_nothing_but_the_kernels(tmp_path):
+    """Lift grpo.py with kernels.py: `python grpo.py` finds no other file of this project, and learns."""
+    for module in (grpo, sys.modules["kernels"]):
+        shutil.copy(module.__file__, tmp_path)
+    out = subprocess.run([sys.executable, "grpo.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+                         env={"OMP_NUM_THREADS": "1"})
+    success = [int(line.split("success")[1].split("%")[0]) for line in out.stdout.splitlines() if "success" in line]
+    assert out.returncode == 0, out.stderr
+    assert success[0] < 10 and success[-1] > 85

@@ -1,0 +1,519 @@
+"""The whole run: a model, a warm start, the loop, evaluation on tasks it never saw.
+
+    python train.py                                  # about 1M parameters, made here, learns calculator and lookup
+    python train.py --env calculator                 # one of them
+    python train.py --model PATH_OR_HUB_ID --lr 1e-5 # any causal language model of transformers
+    python train.py --env my_env.py:MyEnv            # an environment of yours
+    python train.py --resume runs/0                  # go on after a crash or Ctrl-C
+    python train.py --eval-only runs/0               # score a finished run
+
+A run leaves a folder runs/NAME: run.json, metrics.jsonl (a line per step), episodes.jsonl (every episode, token by token),
+checkpoints/, model/ (a Hugging Face folder) and summary.json. Left out here: several processes, a learning-rate search,
+dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
+"""
+
+import copy
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
+from env import EnvError, check_env, demonstrator, make_env, seeds, task_hash
+from grpo import GRPOConfig, episode_rows, make_rows, update
+from rollout import Engine, play, small_model
+from tools import schema, tools_of
+
+RUNS = Path("runs")
+WARM_BATCH = 16  # demonstrations per update of the warm start
+MOST_DEMONSTRATIONS = 6000  # distinct ones; beyond that they are shown again
+
+
+def option(default, text):
+    return field(default_factory=lambda: default, metadata={"help": text})
+
+
+@dataclass
+class Config(GRPOConfig):
+    """Every option of a run, with those of the update (grpo.py)."""
+
+    env: list[str] = option(["calculator", "lookup"], "environments: NAME, NAME:argument=value,..., or FILE.py:Class")
+    model: str = option("", "folder or hub id of a causal language model; empty: a small one is made here")
+    name: str = option("", "name of the run's folder under runs/; empty: the next number")
+    seed: int = option(0, "of weights, tasks and sampling")
+    steps: int = option(60, "updates by reinforcement learning")
+    tasks_per_step: int = option(16, "tasks per update, shared out among the environments")
+    group_size: int = option(8, "attempts at each task")
+    lr: float = option(1.2e-3, "learning rate at its peak; half of it is left after the warm start, a twentieth at the end")
+    warmup_steps: int = option(600, "updates by imitation before the first by reinforcement learning")
+    max_turns: int = option(6, "messages the model may write in an episode")
+    max_new_tokens: int = option(64, "tokens in one message")
+    context: int = option(512, "tokens in one segment: prompt, messages and observations")
+    temperature: float = option(1.0, "of sampling in training; evaluation samples at 1, and greedily")
+    eval_tasks: int = option(200, "held-out tasks per environment, before and after")
+    eval_only: str = option("", "RUN: only score the model of this run")
+    resume: str = option("", "RUN: go on where its newest checkpoint stands; the run's own options hold")
+    save_every: int = option(20, "updates between checkpoints")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    dtype: str = option("float32", "of the weights: float32 or bfloat16")
+
+
+def train(config: Config) -> None:
+    # ------------------------------------------------------------------------------------------------------------------
+    # The run's folder, the environments, the model
+
+    clock = Clock()
+    factories = make_envs(config) if not config.resume else {}
+    run, config = open_run(config)
+    factories = factories or make_envs(config)
+    checkpoint = newest_checkpoint(run) if config.resume else None
+    model, tokenizer = load_model(config, factories, checkpoint)
+    chat, engine = make_engine(model, tokenizer, config)
+    check_fit(chat, factories, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
+          f"environments {', '.join(factories)}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Warm start: imitate demonstrations, right ones and wrong ones alike. Then see what imitation is worth
+
+    if checkpoint is None:
+        clock.start("warm start")
+        imitate(model, optimizer, chat, factories, config)
+        clock.start("evaluation")
+        state = {"step": 0, "tokens": 0, "cursor": {spec: (config.seed + 1) * 10**6 for spec in factories},
+                 "before": evaluate(engine, chat, factories, config)}
+        optimizer.state.clear()  # its running averages are of another loss
+        save_checkpoint(run, {**state, "seconds": dict(clock.seconds)}, model, tokenizer, optimizer)
+    else:
+        state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+        optimizer.load_state_dict(state.pop("optimizer"))
+        clock.seconds.update(state.pop("seconds"))
+        forget_after(run, state["step"])
+    print_scores(state["before"], "before")
+    reference = load_reference(config, model, run) if config.kl_coef else None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop: roll out, compare within groups, update
+
+    ctrl_c = CtrlC()
+    steps = range(state["step"] + 1, config.steps + 1)
+    for step in tqdm(steps, desc="RL", initial=state["step"], total=config.steps, leave=False):
+        began = time.perf_counter()
+        clock.start("rollouts")
+        specs = [list(factories)[i % len(factories)] for i in range((step - 1) * config.tasks_per_step, step * config.tasks_per_step)]
+        tasks = [(spec, next_seed(factories[spec], state["cursor"], spec)) for spec in specs]
+        episodes = roll_out(engine, chat, factories, config, tasks, step)
+
+        clock.start("update")
+        rows, advantages, signal_report = make_rows(episodes, config)
+        set_lr(optimizer, config, config.warmup_steps + step)
+        report = update(model, optimizer, rows, config, config.temperature, reference)
+
+        clock.start("log")
+        metrics = {"step": step, "seconds": time.perf_counter() - began, **measure(episodes), **signal_report, **report,
+                   "lr": optimizer.param_groups[0]["lr"]}
+        metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
+        state |= {"step": step, "tokens": state["tokens"] + metrics["sampled_tokens"]}
+        append(run / "metrics.jsonl", [metrics])
+        append(run / "episodes.jsonl", [record(e, a, step, tokenizer) for e, a in zip(episodes, advantages)])
+        tqdm.write(metric_line(metrics))
+        if step % 20 == 0:
+            tqdm.write(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
+        if step % config.save_every == 0 or step == config.steps or ctrl_c.pressed:
+            save_checkpoint(run, {**state, "seconds": dict(clock.seconds)}, model, tokenizer, optimizer)
+        if ctrl_c.pressed:
+            sys.exit(f"stopped after step {step}. To go on: python train.py --resume {run}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What it learned: evaluation and summary
+
+    clock.start("evaluation")
+    after = evaluate(engine, chat, factories, config)
+    save_model(run / "model", model, tokenizer)
+    clock.start("end")
+    print_scores(state["before"], "before")
+    print_scores(after, "after")
+    (run / "summary.json").write_text(json.dumps(summarise(state, after, clock, config), indent=2))
+    print(f"{run}: {clock.total():.0f} s: " + ", ".join(f"{phase} {s:.0f}" for phase, s in clock.seconds.items()))
+
+
+def score(config: Config) -> None:
+    """--eval-only: score a run's model on the held-out tasks."""
+    run, stored = read_run(config.eval_only)
+    factories = make_envs(stored)
+    stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
+    folder = run / "model" if (run / "model").is_dir() else newest_checkpoint(run)
+    chat, engine = make_engine(*load_model(stored, factories, folder), stored)
+    print_scores(evaluate(engine, chat, factories, stored), "score")
+
+
+def make_envs(config: Config) -> dict:
+    """{name: factory}, each checked against the seam."""
+    factories = {spec: make_env(spec) for spec in config.env}
+    for factory in factories.values():
+        check_env(factory)
+    return factories
+
+
+def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
+    try:
+        chat = Chat(tokenizer)
+        ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one
+        stops = chat.stop_ids | set(ends if isinstance(ends, list) else [ends]) - {None}
+        return chat, Engine(model, stops, slots=min(128, config.tasks_per_step * config.group_size), context=config.context)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def load_reference(config: Config, model, run: Path):
+    """The model before RL, frozen: what the KL term keeps close to."""
+    reference = copy.deepcopy(model)
+    reference.load_state_dict(AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000000").state_dict())
+    return reference.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rolling out
+
+
+def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple[str, int]], step: int | str, size: int = 0,
+             temperature: float | None = None) -> list[Episode]:
+    """`size` attempts at each (environment, seed), in that order. Every attempt has a random stream of its own."""
+    size = size or config.group_size
+
+    def start(group: int, spec: str, seed: int, member: int):
+        async def attempt() -> Episode:
+            agent = Agent(llm, chat, max_turns=config.max_turns, max_new_tokens=config.max_new_tokens, context=config.context,
+                          temperature=config.temperature if temperature is None else temperature)
+            episode = await agent.run(factories[spec](), seed, Random(f"{config.seed} {step} {spec} {seed} {member}"))
+            episode.env, episode.group, episode.member = spec, group, member
+            return episode
+
+        return attempt
+
+    return play([start(g, spec, seed, m) for g, (spec, seed) in enumerate(tasks) for m in range(size)], llm.slots)
+
+
+def next_seed(factory, cursor: dict[str, int], spec: str) -> int:
+    """The next training task of an environment; `cursor` remembers how far we are."""
+    seed = next(seeds(factory, evaluation=False, start=cursor[spec]))
+    cursor[spec] = seed + 1
+    return seed
+
+
+def evaluate(engine: Engine, chat: Chat, factories: dict, config: Config) -> dict[str, dict[str, list[int]]]:
+    """Successes on held-out tasks: {environment: {"sampled": [0 or 1 per task], "greedy": [...]}}. The same tasks in every run."""
+    tasks = [(spec, seed) for spec, factory in factories.items() for seed in islice(seeds(factory, evaluation=True), config.eval_tasks)]
+    scores = {spec: {} for spec in factories}
+    for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        episodes = roll_out(engine, chat, factories, config, tasks, "evaluation", size=1, temperature=temperature)
+        for spec in factories:
+            scores[spec][how] = [int(e.success) for e in episodes if e.env == spec]
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Warm start
+
+
+def demonstrations(chat: Chat, factories: dict, config: Config, count: int, start: int, keep=lambda episode: True) -> list[Episode]:
+    """`count` demonstrations of each environment that has a demonstrator, taken in turn. `keep` says which ones are wanted."""
+    columns = []
+    for spec, factory in factories.items():
+        demonstrate = demonstrator(factory)
+        if demonstrate is None:
+            continue
+
+        def show(seed: int, factory=factory, demonstrate=demonstrate):
+            async def attempt() -> Episode:
+                env, rng = factory(), Random(f"demonstration {config.seed} {seed}")
+                agent = Agent(Script(chat, demonstrate(env, rng)), chat, max_turns=config.max_turns,
+                              max_new_tokens=config.max_new_tokens, context=config.context)
+                return await agent.run(env, seed)
+
+            return attempt
+
+        column, cursor = [], {spec: start}
+        while len(column) < count:
+            wanted = [next_seed(factory, cursor, spec) for _ in range(count - len(column))]
+            column += [e for e in play([show(seed) for seed in wanted], 64) if keep(e)]
+        columns.append(column)
+    return [episode for row in zip(*columns) for episode in row]
+
+
+def imitate(model, optimizer, chat: Chat, factories: dict, config: Config, keep=lambda episode: True, seconds: float = math.inf) -> None:
+    """Make the demonstrators' messages likelier, right ones and wrong ones: the policy gradient with advantage 1 for all."""
+    count = min(config.warmup_steps * WARM_BATCH, MOST_DEMONSTRATIONS) // len(factories)
+    shown = demonstrations(chat, factories, config, count, start=(config.seed + 1) * 10**9, keep=keep)
+    if not shown:
+        print("no demonstrators beside these environments: no warm start")
+        return
+    options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0, entropy_coef=0.0, tis_cap=None)
+    print(f"warm start: {len(shown)} demonstrations, {sum(e.success for e in shown) / len(shown):.0%} of them right")
+    began = time.perf_counter()
+    for step in tqdm(range(1, config.warmup_steps + 1), desc="warm start", leave=False):
+        batch = [shown[((step - 1) * WARM_BATCH + i) % len(shown)] for i in range(WARM_BATCH)]
+        rows = [row for i, e in enumerate(batch) for row in episode_rows(e, i, [1.0] * e.turns)]
+        set_lr(optimizer, config, step)
+        report = update(model, optimizer, rows, options)
+        if step % 100 == 0:
+            tqdm.write(f"warm start {step}: {report['loss']:.3f} nats per token, entropy {report['entropy']:.3f}")
+        if time.perf_counter() - began > seconds:
+            return
+
+
+def set_lr(optimizer, config: Config, number: int) -> None:
+    """Learning rate of update `number`: 20 steps up, half way down over the warm start, from there to a twentieth over the rest."""
+    if number <= config.warmup_steps:
+        share = min(1.0, number / 20) * (1 - 0.5 * number / config.warmup_steps)
+    else:
+        share = 0.5 - 0.45 * (number - config.warmup_steps) / config.steps
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * share
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_model(config: Config, factories: dict, checkpoint: Path | None):
+    """(model, tokenizer): of a checkpoint, of a folder or hub id, or made here. Remote code is never run."""
+    where = checkpoint or config.model
+    if not where:
+        tokenizer = learn_tokenizer(factories, config)
+        return small_model(len(tokenizer), config.seed).to(config.device), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype)).to(config.device)
+    except (OSError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"no causal language model at '{where}': want a Hugging Face folder, a hub id, or nothing for a small one ({reason})") from e
+    return model, tokenizer
+
+
+def learn_tokenizer(factories: dict, config: Config):
+    """A small tokenizer learned from what the environments and their demonstrators say, read byte by byte."""
+    spell = Chat(small_tokenizer([]))
+    wide = replace(config, context=10**6, max_new_tokens=10**5)
+    texts = [spell.tokenizer.decode(s.ids, skip_special_tokens=True)
+             for e in demonstrations(spell, factories, wide, 300, start=0) for s in e.segments]
+    for factory in factories.values():
+        env = factory()
+        texts += [spell.tokenizer.decode(spell.prompt(env.reset(seed), [schema(t) for t in tools_of(env).values()]), skip_special_tokens=True)
+                  for seed in islice(seeds(factory, evaluation=False), 50)]
+    return small_tokenizer(texts)
+
+
+def check_fit(chat: Chat, factories: dict, config: Config) -> None:
+    """Raise UserError if a task cannot fit the context: better now than in an hour."""
+    for spec, factory in factories.items():
+        env = factory()
+        for seed in islice(seeds(factory, evaluation=False), 20):
+            task = env.reset(seed)
+            tokens = len(chat.prompt(task, [schema(t) for t in tools_of(env).values()]))
+            if tokens + config.max_new_tokens > config.context:
+                raise UserError(f"{spec}: a prompt of {tokens} tokens and a message of {config.max_new_tokens} do not fit --context "
+                                f"{config.context}; task: {task[:80]!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def measure(episodes: list[Episode]) -> dict[str, float]:
+    """A step's episodes as numbers. Means are over episodes, those whose environment failed left out."""
+    sound = [e for e in episodes if not e.error]
+    mean = lambda values: float(np.mean(values)) if len(values) else math.nan
+    by_group = defaultdict(list)
+    for e in sound:
+        by_group[e.group].append(e.reward)
+    numbers = {"reward": mean([e.reward for e in sound]), "success": mean([e.success for e in sound]),
+               "reward_std": mean([np.std(r) for r in by_group.values()])}
+    numbers |= {name: mean([getattr(e, name) for e in sound]) for name in ("turns", "tool_calls", "tool_errors")}
+    numbers["sampled_tokens"] = sum(sum(s.sampled) for e in episodes for s in e.segments)
+    numbers["context_tokens"] = sum(len(s.ids) for e in episodes for s in e.segments)
+    for spec in sorted({e.env for e in sound}):
+        own = [e for e in sound if e.env == spec]
+        numbers[f"success/{spec}"] = mean([e.success for e in own])
+        for name in own[0].behaviour:
+            numbers[f"behaviour/{spec}/{name}"] = mean([e.behaviour[name] for e in own])
+    return numbers | {f"finish/{reason}": n / len(episodes) for reason, n in sorted(Counter(e.finish for e in episodes).items())}
+
+
+def metric_line(m: dict) -> str:
+    own = "  ".join(f"{k.partition('/')[2]} {v:4.0%}" for k, v in m.items() if k.startswith("success/"))
+    return (f"step {m['step']:3d}  success {m['success']:4.0%}  {own}  no signal {m['no_signal']:4.0%}  turns {m['turns']:.1f}  "
+            f"entropy {m['entropy']:.2f}  |g| {m['grad_norm']:.2f}{' SKIPPED' if m['skipped'] else ''}  {m['seconds']:.1f} s")
+
+
+def record(e: Episode, advantage: float, step: int, tokenizer) -> dict:
+    segments = [{"ids": s.ids, "tokens": tokenizer.convert_ids_to_tokens(s.ids), "sampled": s.sampled, "logps": s.logps, "turn": s.turn}
+                for s in e.segments]
+    return {"step": step, "env": e.env, "seed": e.seed, "task": task_hash(e.task), "group": e.group, "member": e.member,
+            "reward": e.reward, "advantage": advantage, "success": e.success, "finish": e.finish, "error": e.error, "turns": e.turns,
+            "segments": segments}
+
+
+def append(path: Path, lines: list[dict]) -> None:
+    with path.open("a") as file:
+        for line in lines:  # NaN is not JSON
+            file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}) + "\n")
+
+
+def interval(successes: list[int]) -> list[float]:
+    """95 % interval of a success rate (Wilson).
+
+    >>> [round(x, 3) for x in interval([1] * 95 + [0] * 5)]
+    [0.888, 0.978]
+    """
+    n, p, z = len(successes), sum(successes) / len(successes), 1.96
+    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def rate(successes: list[int]) -> float:
+    return sum(successes) / len(successes)
+
+
+def print_scores(scores: dict, when: str) -> None:
+    for spec, s in scores.items():
+        low, high = interval(s["sampled"])
+        tqdm.write(f"{when:>6}  {spec:<16} held-out success: sampled {rate(s['sampled']):6.1%} [{low:.1%}, {high:.1%}]  "
+                   f"greedy {rate(s['greedy']):6.1%}  ({len(s['sampled'])} tasks)")
+
+
+def summarise(state: dict, after: dict, clock: "Clock", config: Config) -> dict:
+    before = state["before"]
+    environments = {spec: {"before": rate(before[spec]["sampled"]), "after": rate(after[spec]["sampled"]),
+                           "before_greedy": rate(before[spec]["greedy"]), "after_greedy": rate(after[spec]["greedy"]),
+                           "ci_after": interval(after[spec]["sampled"]), "tasks": len(after[spec]["sampled"])} for spec in after}
+    return {"seconds": {"total": clock.total(), **clock.seconds}, "environments": environments, "tokens": state["tokens"],
+            "seed": config.seed, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "commit": commit.stdout.strip() or "unknown"}
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.phase, self.since = "start", time.perf_counter()
+
+    def start(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def open_run(config: Config) -> tuple[Path, Config]:
+    """The run's folder, new or to go on with, and the options that hold in it."""
+    if config.resume:
+        return read_run(config.resume)
+    names = [int(p.name) for p in RUNS.glob("*") if p.name.isdigit()]
+    run = RUNS / (config.name or str(max(names, default=-1) + 1))
+    if run.exists():
+        raise UserError(f"{run} exists: choose another --name, or --resume {run}")
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
+    return run, config
+
+
+def read_run(name: str) -> tuple[Path, Config]:
+    run = Path(name)
+    if not (run / "run.json").is_file():
+        raise UserError(f"no run at '{name}': choose from {', '.join(str(p.parent) for p in sorted(RUNS.glob('*/run.json'))) or '(no runs yet)'}")
+    return run, replace(Config(**json.loads((run / "run.json").read_text())["config"]), resume=name)
+
+
+def save_model(folder: Path, model, tokenizer) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(run: Path, state: dict, model, tokenizer, optimizer) -> None:
+    """Written beside, then renamed: a checkpoint with its final name is whole."""
+    final = run / "checkpoints" / f"step-{state['step']:06d}"
+    partial = final.with_name(f"partial-{final.name}")
+    if final.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(partial, model, tokenizer)
+    torch.save({**state, "optimizer": optimizer.state_dict()}, partial / "trainer.pt")
+    os.replace(partial, final)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    found = sorted((run / "checkpoints").glob("step-*"))
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet: it stopped in its warm start; begin it anew under another name")
+    return found[-1]
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Drop lines of steps that came after the checkpoint: they will be made again."""
+    for path in (run / "metrics.jsonl", run / "episodes.jsonl"):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+class CtrlC:
+    """After the first Ctrl-C the step is finished and saved; a second one ends the program there and then."""
+
+    def __init__(self):
+        self.pressed = False
+        signal.signal(signal.SIGINT, self.press)
+
+    def press(self, *_) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("Ctrl-C: finishing this step (again: stop now)")
+
+
+class UserError(ValueError):
+    """Something the user can mend; shown as one line."""
+
+
+def command_line() -> None:
+    config, = HfArgumentParser(Config).parse_args_into_dataclasses()
+    try:
+        score(config) if config.eval_only else train(config)
+    except (UserError, EnvError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line()
