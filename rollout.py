@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agent import Completion
 
@@ -376,18 +376,18 @@ def _agrees(model, head) -> bool:
     return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
-def small_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama of about a million parameters, random but the same for the same seed.
+def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
+    """A Qwen3 of about a million parameters, random but the same for the same seed.
 
     >>> sum(p.numel() for p in small_model(1024).parameters())
     869248
     """
-    config = LlamaConfig(vocab_size=vocab_size, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=512, tie_word_embeddings=True, initializer_range=0.08,
+    config = Qwen3Config(vocab_size=vocab_size, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=32, intermediate_size=512, tie_word_embeddings=True, initializer_range=0.08,
                          max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return Qwen3ForCausalLM(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -57,10 +57,10 @@ class Config(GRPOConfig):
     model: str = option("", "folder or hub id of a causal language model; empty: a small one is made here")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(60, "updates by reinforcement learning")
+    steps: int = option(50, "updates by reinforcement learning")
     tasks_per_step: int = option(16, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
-    lr: float = option(1.2e-3, "learning rate at its peak; half of it is left after the warm start, a twentieth at the end")
+    lr: float = option(2e-3, "learning rate at its peak; a quarter of it is left after the warm start, a fortieth at the end")
     warmup_steps: int = option(600, "updates by imitation before the first by reinforcement learning")
     max_turns: int = option(6, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
@@ -99,7 +99,6 @@ def train(config: Config) -> None:
         clock.start("evaluation")
         state = {"step": 0, "tokens": 0, "cursor": {spec: (config.seed + 1) * 10**6 for spec in factories},
                  "before": evaluate(engine, chat, factories, config)}
-        optimizer.state.clear()  # its running averages are of another loss
         save_checkpoint(run, {**state, "seconds": dict(clock.seconds)}, model, tokenizer, optimizer)
     else:
         state = torch.load(checkpoint / "trainer.pt", weights_only=True)
@@ -280,11 +279,11 @@ def imitate(model, optimizer, chat: Chat, factories: dict, config: Config, keep=
 
 
 def set_lr(optimizer, config: Config, number: int) -> None:
-    """Learning rate of update `number`: 20 steps up, half way down over the warm start, from there to a twentieth over the rest."""
+    """Learning rate of update `number`: 20 steps up, down to a quarter over the warm start, and to a fortieth over the rest."""
     if number <= config.warmup_steps:
-        share = min(1.0, number / 20) * (1 - 0.5 * number / config.warmup_steps)
+        share = min(1.0, number / 20) * (1 - 0.75 * number / config.warmup_steps)
     else:
-        share = 0.5 - 0.45 * (number - config.warmup_steps) / config.steps
+        share = 0.25 - 0.225 * (number - config.warmup_steps) / config.steps
     for group in optimizer.param_groups:
         group["lr"] = config.lr * share
 
