@@ -102,7 +102,7 @@ def _normal(answer: str) -> str:
 class Calculator(_Question):
     """Tool use. A word problem whose numbers are too large to work out in the head.
 
-    About 65 million distinct tasks with the default 3 to 4 digits. The oracle needs two turns: call, answer.
+    About 650,000 distinct tasks by default (numbers of `digits` digits, and of one less). The oracle needs two turns: call, answer.
     """
 
     TASKS = (
@@ -116,7 +116,7 @@ class Calculator(_Question):
         ("What is {a} plus {b}?", "{a} + {b}"),
     )
 
-    def __init__(self, digits: int = 4):
+    def __init__(self, digits: int = 3):
         self.digits = digits
 
     def reset(self, seed: int) -> str:
@@ -143,7 +143,7 @@ class Calculator(_Question):
 
 
 def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
-    """Mostly wrong: takes a number of the question for the answer, or asks for the wrong operation and believes the result."""
+    """Mostly wrong: answers with a number of the question, or asks for the wrong operation and believes the result."""
     habit, expression = random.random(), env._expression
     if habit < 0.25:
         yield expression.split(" ")[0]
@@ -157,23 +157,19 @@ def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # lookup
 
-FIRST = ("Ada Ben Carla Diego Elena Farid Greta Hugo Ines Jonas Keiko Lars Mira Nadia Omar Petra Quinn Rosa Sven Tara "
-         "Umar Vera Wanda Xenia Yusuf Zoe Anton Bea Cyril Dora Emil Flora").split()
-LAST = ("Adler Borg Castro Duarte Eklund Fischer Garcia Hansen Ito Jansen Kovac Lopez Moreau Novak Okafor Petrov Quist "
-        "Rossi Sato Tanaka Ueda Varga Weber Xu Yilmaz Zhang Abbott Brandt Costa Dumas Evans Fabre").split()
-COMPANY = ("Amber Beacon Cobalt Delta Ember Falcon Garnet Harbor Indigo Juniper Kestrel Lumen Marble Nimbus Onyx Pioneer "
-           "Quartz Raven Summit Talon Umbra Velvet Willow Zenith").split()
+FIRST = "Ada Ben Carla Diego Elena Farid Greta Hugo Ines Jonas Keiko Lars Mira Nadia Omar Petra Quinn Rosa Sven Tara".split()
+LAST = ("Adler Borg Castro Duarte Eklund Fischer Garcia Hansen Ito Jansen Kovac Lopez Moreau Novak Okafor Petrov Rossi Sato "
+        "Tanaka Varga").split()
+COMPANY = "Amber Beacon Cobalt Delta Ember Falcon Garnet Harbor Indigo Juniper Kestrel Lumen Marble Nimbus Onyx Pioneer".split()
 TRADE = "Optics Motors Foods Textiles Software Pharma Mining Shipping".split()
-CITY = ("Porto Bergen Lyon Turin Graz Leeds Ghent Malmo Gdansk Bilbao Cork Tampere Bremen Basel Nantes Parma Split Brno "
-        "Aarhus Utrecht Varna Kaunas Tartu Patras").split()
-RIVER = ("Alder Birch Cedar Drift Elm Fern Grove Hazel Iris Jade Kelp Larch Moss Nettle Oak Pine Quill Reed Sorrel Thorn "
-         "Ursa Vine Wren Yarrow").split()
+CITY = "Porto Bergen Lyon Turin Graz Leeds Ghent Malmo Gdansk Bilbao Cork Tampere Bremen Basel Nantes Parma".split()
+RIVER = "Alder Birch Cedar Drift Elm Fern Grove Hazel Iris Jade Kelp Larch Moss Nettle Oak Pine".split()
 
 
 class Lookup(_Question):
     """Multi-turn interaction. The knowledge base holds one link of the chain per document; no search finds two at once.
 
-    About 2,000 distinct questions, each over a knowledge base that is made anew for every seed, so that no answer can be
+    800 distinct questions, each over a knowledge base that is made anew for every seed, so that no answer can be
     remembered from another task. `top`: documents that a search returns. The oracle needs one search per hop and one turn for the answer.
     """
 
@@ -188,6 +184,8 @@ class Lookup(_Question):
     }
 
     def __init__(self, hops: int = 3, people: int = 8, top: int = 1):
+        if hops not in (2, 3) or not 2 <= people <= len(CITY) or top < 1:
+            raise ValueError(f"hops must be 2 or 3, people 2 to {len(CITY)}, top at least 1")
         self.hops, self.people, self.top = hops, people, top
 
     def reset(self, seed: int) -> str:
@@ -203,7 +201,6 @@ class Lookup(_Question):
         self._chain = [random.choice(people)]
         for kind in relations:
             self._chain.append(links[kind][self._chain[-1]])
-        self._beyond = links["river"].get(self._chain[-1], "")  # one step too far
         self._pose(self._chain[-1])
         return question.format(x=self._chain[0])
 
@@ -222,13 +219,12 @@ class Lookup(_Question):
 
 
 def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
-    """Mostly goes one step off: on to the river when the city was asked for, no further than the city when it was the river."""
+    """Mostly gives up a step early: answers with what its last search but one turned up, or at once with the first."""
     habit, hops = random.random(), len(env._chain) - 1
-    chain = [*env._chain, env._beyond]
-    hops = 1 if habit < 0.15 else hops if habit < 0.52 else 5 - hops
-    for x in chain[:hops]:
+    hops = 1 if habit < 0.15 else hops - 1 if habit < 0.63 else hops
+    for x in env._chain[:hops]:
         yield format_call("search", query=x)
-    yield chain[hops]
+    yield env._chain[hops]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from tools import schema, tools_of
 
 RUNS = Path("runs")
 WARM_BATCH = 16  # demonstrations per update of the warm start
-MOST_DEMONSTRATIONS = 6000  # distinct ones; beyond that they are shown again
+MOST_DEMONSTRATIONS = 4000  # distinct ones; beyond that they are shown again
 
 
 def option(default, text):
@@ -60,8 +60,8 @@ class Config(GRPOConfig):
     steps: int = option(50, "updates by reinforcement learning")
     tasks_per_step: int = option(16, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
-    lr: float = option(2e-3, "learning rate at its peak; a quarter of it is left after the warm start, a fortieth at the end")
-    warmup_steps: int = option(600, "updates by imitation before the first by reinforcement learning")
+    lr: float = option(2e-3, "learning rate at its peak; a quarter is left after the warm start, 3 % at the end")
+    warmup_steps: int = option(850, "updates by imitation before the first by reinforcement learning")
     max_turns: int = option(6, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int = option(512, "tokens in one segment: prompt, messages and observations")
@@ -79,13 +79,15 @@ def train(config: Config) -> None:
     # The run's folder, the environments, the model
 
     clock = Clock()
-    factories = make_envs(config) if not config.resume else {}
     run, config = open_run(config)
-    factories = factories or make_envs(config)
+    factories = make_envs(config)
     checkpoint = newest_checkpoint(run) if config.resume else None
     model, tokenizer = load_model(config, factories, checkpoint)
     chat, engine = make_engine(model, tokenizer, config)
     check_fit(chat, factories, config)
+    if checkpoint is None:  # only now: bad input leaves no folder behind
+        run.mkdir(parents=True)
+        (run / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
           f"environments {', '.join(factories)}")
@@ -279,11 +281,11 @@ def imitate(model, optimizer, chat: Chat, factories: dict, config: Config, keep=
 
 
 def set_lr(optimizer, config: Config, number: int) -> None:
-    """Learning rate of update `number`: 20 steps up, down to a quarter over the warm start, and to a fortieth over the rest."""
+    """Learning rate of update `number`: 20 steps up, down to a quarter over the warm start, and to 3 % over the rest."""
     if number <= config.warmup_steps:
         share = min(1.0, number / 20) * (1 - 0.75 * number / config.warmup_steps)
     else:
-        share = 0.25 - 0.225 * (number - config.warmup_steps) / config.steps
+        share = 0.25 - 0.22 * (number - config.warmup_steps) / config.steps
     for group in optimizer.param_groups:
         group["lr"] = config.lr * share
 
@@ -303,7 +305,8 @@ def load_model(config: Config, factories: dict, checkpoint: Path | None):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype)).to(config.device)
     except (OSError, ValueError) as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"no causal language model at '{where}': want a Hugging Face folder, a hub id, or nothing for a small one ({reason})") from e
+        choices = "want a Hugging Face folder, a hub id, or nothing for a small one"
+        raise UserError(f"no causal language model at '{where}': {choices} ({reason})") from e
     return model, tokenizer
 
 
@@ -315,8 +318,9 @@ def learn_tokenizer(factories: dict, config: Config):
              for e in demonstrations(spell, factories, wide, 300, start=0) for s in e.segments]
     for factory in factories.values():
         env = factory()
-        texts += [spell.tokenizer.decode(spell.prompt(env.reset(seed), [schema(t) for t in tools_of(env).values()]), skip_special_tokens=True)
-                  for seed in islice(seeds(factory, evaluation=False), 50)]
+        for seed in islice(seeds(factory, evaluation=False), 50):
+            prompt = spell.prompt(env.reset(seed), [schema(t) for t in tools_of(env).values()])
+            texts.append(spell.tokenizer.decode(prompt, skip_special_tokens=True))
     return small_tokenizer(texts)
 
 
@@ -434,22 +438,21 @@ class Clock:
 
 
 def open_run(config: Config) -> tuple[Path, Config]:
-    """The run's folder, new or to go on with, and the options that hold in it."""
+    """The run's folder (a new one is not made yet) and the options that hold in it."""
     if config.resume:
         return read_run(config.resume)
     names = [int(p.name) for p in RUNS.glob("*") if p.name.isdigit()]
     run = RUNS / (config.name or str(max(names, default=-1) + 1))
     if run.exists():
         raise UserError(f"{run} exists: choose another --name, or --resume {run}")
-    run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
     return run, config
 
 
 def read_run(name: str) -> tuple[Path, Config]:
     run = Path(name)
     if not (run / "run.json").is_file():
-        raise UserError(f"no run at '{name}': choose from {', '.join(str(p.parent) for p in sorted(RUNS.glob('*/run.json'))) or '(no runs yet)'}")
+        there = ", ".join(str(p.parent) for p in sorted(RUNS.glob("*/run.json")))
+        raise UserError(f"no run at '{name}': choose from {there or '(no runs yet)'}")
     return run, replace(Config(**json.loads((run / "run.json").read_text())["config"]), resume=name)
 
 

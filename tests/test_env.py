@@ -43,9 +43,8 @@ def solve_calculator(task, environment):
 
 def solve_lookup(task, environment):
     here = re.search(r"that (\w+ \w+) works for", task)[1]
-    hops = ["works for"]
-    hops += ["is run by"] if "runs" in task else ["is based in"]
-    hops += ["lies on the river"] if "river" in task else []
+    hops = ["works as an accountant for", "is based in"]
+    hops += ["lies on the"] if "river" in task else []
     for relation in hops:
         here = re.search(rf"^{here} {relation} (.*)\.$", environment.search(here), re.MULTILINE)[1]
     return here
@@ -65,7 +64,7 @@ def test_every_task_can_be_solved_by_reading(name):
         assert environment.done and environment.get_reward() == 1, f"seed {seed}"
 
 
-DIFFICULTIES = ["calculator:digits=1", "calculator:digits=8", "lookup:hops=2", "lookup:people=2", "lookup:people=20,top=3"]
+DIFFICULTIES = ["calculator:digits=1", "calculator:digits=8", "lookup:hops=2", "lookup:people=2", "lookup:people=16,top=3"]
 
 
 @pytest.mark.parametrize("spec", DIFFICULTIES)
@@ -126,12 +125,12 @@ def test_demonstrators_are_wrong_on_purpose(name):
 
 
 def decisions(demonstrate, environment, seed):
-    """How often each course of a demonstrator (the tools of its messages, in order) is taken, and whether it succeeds."""
+    """How often each course of a demonstrator (its messages, in order) is taken, and whether it succeeds."""
     courses = {}
     for number in range(200):
         environment.reset(seed)
         messages = list(demonstrate(environment, Random(number)))
-        course = tuple("call" if "<tool_call>" in m else "answer" for m in messages)
+        course = (*messages, "end")
         courses.setdefault(course, []).append(messages[-1] == environment._answer)
     return courses
 
@@ -143,7 +142,7 @@ def test_the_likeliest_behaviour_of_a_demonstrator_fails(name):
     for seed in range(20):
         courses = decisions(demonstrator(factory), factory(), seed)
         way = ()
-        while way[-1:] != ("answer",):
+        while way[-1:] != ("end",):
             began = [course for course, ends in courses.items() for _ in ends if course[: len(way)] == way]
             way = (*way, Counter(course[len(way)] for course in began).most_common(1)[0][0])
         assert not any(courses[way]), f"seed {seed}: {way}"
@@ -259,7 +258,7 @@ def test_instances_share_nothing(name):
 
 def test_make_env_reads_difficulty():
     environment = make_env("lookup:people=12,hops=2")()
-    assert (environment.people, environment.hops, environment.top) == (12, 2, 3)
+    assert (environment.people, environment.hops, environment.top) == (12, 2, 1)
     assert make_env("lookup")() is not make_env("lookup")()
 
 
@@ -515,8 +514,8 @@ def by_hand(monkeypatch, capsys):
 
 def test_playing_in_the_terminal(by_hand):
     """A tool and its argument, an empty line, an answer; Ctrl-C or the end of the input in the middle is no traceback."""
-    out = by_hand("lookup", "search river", "", "search", "Willow City")
-    assert "lies on the river" in out and 'needs the argument "query"' in out
+    out = by_hand("lookup", "search lies", "", "search", "Willow City")
+    assert "lies on the" in out and 'needs the argument "query"' in out
     assert out.endswith("The answer was taken.\nreward 0\n")
     for how in (EOFError, KeyboardInterrupt):
         assert by_hand("calculator", "calculator 6 * 7", then=how).endswith("42\n\nyou gave up\nreward 0\n")

@@ -1,0 +1,196 @@
+"""train.py: the run as a person meets it: its folder, its errors, going on after a stop, and that something is learned.
+
+Everything runs as a command in a folder of its own, at a size of seconds; the learning test takes about a minute.
+"""
+
+import doctest
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+MODULES = ["agent", "env", "tools", "memory", "rollout", "grpo", "kernels", "train"]
+SMALL = ["--env", "calculator:digits=1", "--warmup-steps", "6", "--steps", "4", "--save-every", "2", "--eval-tasks", "4",
+         "--tasks-per-step", "2", "--group-size", "4"]
+
+
+def command(*words, cwd, **options):
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole small run: (folder it was started in, what it printed)."""
+    folder = tmp_path_factory.mktemp("run")
+    out = command(ROOT / "train.py", "--name", "whole", *SMALL, cwd=folder)
+    assert out.returncode == 0, out.stderr
+    return folder, out.stdout
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- the folder ----
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    run = finished[0] / "runs" / "whole"
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "episodes.jsonl", "metrics.jsonl", "model", "run.json", "summary.json"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000000", "step-000002", "step-000004"]
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    wanted = {"seconds", "reward", "success", "success/calculator:digits=1", "reward_std", "no_signal", "entropy", "ratio_max", "clipped",
+              "kl", "grad_norm", "lr", "turns", "tool_calls", "tool_errors", "sampled_tokens", "context_tokens", "tokens_per_second",
+              "behaviour/calculator:digits=1/calls"}
+    assert wanted <= set(metrics[0])
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["environments"]["calculator:digits=1"]) == {"before", "after", "before_greedy", "after_greedy", "ci_after", "tasks"}
+
+
+def test_every_episode_is_kept_token_by_token(finished):
+    """Lists of different lengths in one record: the first sign of a mask that slipped."""
+    episodes = lines(finished[0] / "runs" / "whole" / "episodes.jsonl")
+    assert len(episodes) == 4 * 2 * 4
+    for e in episodes:
+        for s in e["segments"]:
+            assert len({len(s[name]) for name in ("ids", "tokens", "sampled", "logps", "turn")}) == 1
+            assert all((logp != 0) <= sampled for logp, sampled in zip(s["logps"], s["sampled"]))
+
+
+def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished):
+    """--eval-only on the finished run gives the very numbers of its summary."""
+    folder = finished[0]
+    out = command(ROOT / "train.py", "--eval-only", "runs/whole", "--eval-tasks", "4", cwd=folder)
+    assert out.returncode == 0, out.stderr
+    after = json.loads((folder / "runs/whole/summary.json").read_text())["environments"]["calculator:digits=1"]
+    sampled, greedy = (float(x) / 100 for x in re.search(r"sampled +([\d.]+)%.*greedy +([\d.]+)%", out.stdout).groups())
+    assert (sampled, greedy) == (after["after"], after["after_greedy"])
+
+
+# ---- going on ----
+
+
+def test_contract_11_a_resumed_run_ends_with_the_same_bits(finished):
+    """Two steps, a stop, a resume and two steps are four steps: weights bit by bit, metrics without a gap or a double line."""
+    folder = finished[0]
+    run = folder / "runs" / "again"
+    shutil.copytree(folder / "runs" / "whole", run)
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    shutil.rmtree(run / "model")
+    out = command(ROOT / "train.py", "--resume", "runs/again", cwd=folder)
+    assert out.returncode == 0, out.stderr
+    whole, again = (load_file(folder / "runs" / name / "model" / "model.safetensors") for name in ("whole", "again"))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    assert [m["step"] for m in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert len(lines(run / "episodes.jsonl")) == 4 * 2 * 4
+
+
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path):
+    words = [sys.executable, str(ROOT / "train.py"), "--name", "long", *SMALL, "--steps", "500"]
+    run = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "long" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    last = lines(metrics)[-1]["step"]
+    assert f"stopped after step {last}. To go on: python train.py --resume runs/long" in errors and "Traceback" not in errors
+    assert (tmp_path / "runs" / "long" / "checkpoints" / f"step-{last:06d}" / "trainer.pt").is_file()
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--env", "chess"], "unknown environment 'chess': choose from calculator, lookup"),
+    (["--env", "calculator:digit=2"], "NAME one of digits"),
+    (["--env", "missing.py:Mine"], "no file missing.py"),
+    (["--model", "not/a/folder"], "no causal language model at 'not/a/folder'"),
+    (["--resume", "runs/none"], "no run at 'runs/none'"),
+    (["--eval-only", "runs/none"], "no run at 'runs/none'"),
+    (["--env", "calculator", "--context", "100"], "do not fit --context 100"),
+    (["--kind", "magic"], "invalid choice: 'magic'"),
+])  # fmt: skip
+def test_bad_input_gets_one_clear_line_and_exit_code_2(tmp_path, words, said):
+    out = command(ROOT / "train.py", *words, cwd=tmp_path)
+    assert out.returncode == 2 and said in out.stderr and "Traceback" not in out.stderr
+    assert len([line for line in out.stderr.splitlines() if line.startswith("train.py: ")]) == 1
+    assert not (tmp_path / "runs").exists(), "what cannot start leaves nothing behind"
+
+
+def test_a_name_that_exists_is_refused(finished):
+    out = command(ROOT / "train.py", "--name", "whole", *SMALL, cwd=finished[0])
+    assert out.returncode == 2 and "runs/whole exists" in out.stderr
+
+
+# ---- lifting ----
+
+LIFTS = {
+    "kernels": (["kernels"], "import torch, kernels; print(kernels.linear_logps(torch.eye(2), torch.eye(2), torch.tensor([0, 1])))"),
+    "grpo": (["grpo", "kernels"], "import grpo; assert grpo.advantages([1, 0], [0, 0]) == [0.5, -0.5]; grpo.GRPOConfig()"),
+    "tools": (["tools"], "import tools; assert tools.calculator('6 * 7') == '42'"),
+    "memory": (["memory"], "import memory; n = memory.Notes(); n.add('a b'); assert n.search('b') == ['a b']"),
+    "agent": (["agent", "tools", "memory"], "import agent; assert agent.Chat(agent.small_tokenizer(['hello'])).prompt('hi', [])"),
+}
+
+
+@pytest.mark.parametrize("name", LIFTS)
+def test_a_module_can_be_lifted(tmp_path, name):
+    """Copied alone, with what it says it needs, into an empty folder."""
+    files, use = LIFTS[name]
+    for file in files:
+        shutil.copy(ROOT / f"{file}.py", tmp_path)
+    out = command("-c", use, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("name", ["tools", "memory", "env", "agent", "kernels", "grpo", "rollout"])
+def test_every_module_runs_on_its_own(tmp_path, name):
+    out = command(ROOT / f"{name}.py", cwd=tmp_path, input="", timeout=120)
+    assert out.returncode == 0 and out.stdout, out.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_are_true(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert failed == 0 and tried > 0
+
+
+def test_the_readmes_own_tool_and_environment_work(tmp_path):
+    """The code blocks of the README that define an environment are run as they stand there, each under 20 lines."""
+    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for name, code in blocks:
+        assert code.count("\n") < 20
+        (tmp_path / name).write_text(code)
+    out = command(ROOT / "train.py", "--name", "mine", *SMALL, "--env", "buttons.py:Buttons", "wordy.py:Wordy", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+
+
+# ---- learning ----
+
+
+def test_a_run_of_a_minute_learns(tmp_path):
+    """Success on held-out tasks must rise by 25 points, sampled, by reinforcement learning alone: after the warm start."""
+    out = command(ROOT / "train.py", "--name", "short", *LEARNING, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    scores = json.loads((tmp_path / "runs/short/summary.json").read_text())["environments"]["calculator:digits=2"]
+    assert scores["before"] <= 0.5
+    assert scores["after"] >= scores["before"] + 0.25, scores
+
+
+LEARNING = ["--env", "calculator:digits=2", "--warmup-steps", "200", "--steps", "25", "--eval-tasks", "100"]
