@@ -51,7 +51,7 @@ class GRPOConfig:
     tis_cap: float | None = field(default=None, metadata={"help": "cap of the correction for rollouts in another precision (2)"})
     kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL term to the model before RL"})
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
-    epochs: int = field(default=1, metadata={"help": "updates per batch of episodes"})
+    epochs: int = field(default=3, metadata={"help": "updates per batch of episodes"})
     pack_tokens: int = field(default=4096, metadata={"help": "tokens computed in one pass (memory, not maths)"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "the gradient is scaled down to this norm"})
 
@@ -359,7 +359,7 @@ def _demo(steps: int = 100, questions: int = 8, group_size: int = 16, vocab: int
                                          intermediate_size=64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     answers = torch.tensor([((5 * q + 3) % vocab, (7 * q + 1) % vocab) for q in range(questions)])
-    config = GRPOConfig(entropy_coef=0.03)  # collapse too early, and what was never tried is never found
+    config = GRPOConfig(entropy_coef=0.03, epochs=1)  # collapse too early, and what was never tried is never found
     for step in range(1, steps + 1):
         episodes = _attempts(model, list(range(questions)) * group_size, answers)
         rows, _, groups = make_rows(episodes, config)

@@ -380,7 +380,7 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
     """A Qwen3 of about a million parameters, random but the same for the same seed.
 
     >>> sum(p.numel() for p in small_model(1024).parameters())
-    869248
+    869440
     """
     config = Qwen3Config(vocab_size=vocab_size, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
                          num_key_value_heads=2, head_dim=32, intermediate_size=512, tie_word_embeddings=True, initializer_range=0.08,
