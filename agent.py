@@ -421,10 +421,10 @@ def small_tokenizer(texts, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     Any text can be written in it: what `texts` did not hold falls back to bytes.
     """
     tokenizer = Tokenizer(models.BPE())
-    # Names and numbers are the same tokens wherever they stand (the blank before them is one of its own): copying a name is then
-    # copying tokens, which a young model learns first.
+    # A blank belongs to the word before it. So names and numbers are the same tokens wherever they stand, right behind the word
+    # that says what they are: copying a name is then copying a token, which a young model learns first.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{N}| ?[^\s\p{L}\p{N}]+|\s"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\p{Ll}+ ?|\p{Lu}\p{Ll}*|\p{N}|[^\s\p{L}\p{N}]+ ?|\s"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

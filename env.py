@@ -160,15 +160,16 @@ def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
 FIRST = "Ada Ben Carla Diego Elena Farid Greta Hugo Ines Jonas Keiko Lars Mira Nadia Omar Petra Quinn Rosa Sven Tara".split()
 LAST = ("Adler Borg Castro Duarte Eklund Fischer Garcia Hansen Ito Jansen Kovac Lopez Moreau Novak Okafor Petrov Rossi Sato "
         "Tanaka Varga").split()
-COMPANY = "Amber Beacon Cobalt Delta Ember Falcon Garnet Harbor Indigo Juniper Kestrel Lumen Marble Nimbus Onyx Pioneer".split()
+PLACE = ("Alder Amber Basel Beacon Bergen Bilbao Birch Bremen Cedar Cobalt Cork Delta Drift Elm Ember Falcon Fern Garnet Gdansk "
+         "Ghent Graz Grove Harbor Hazel Indigo Iris Jade Juniper Kelp Kestrel Larch Leeds Lumen Lyon Malmo Marble Moss Nantes "
+         "Nettle Nimbus Oak Onyx Parma Pine Pioneer Porto Tampere Turin").split()
 TRADE = "Optics Motors Foods Textiles Software Pharma Mining Shipping".split()
-CITY = "Porto Bergen Lyon Turin Graz Leeds Ghent Malmo Gdansk Bilbao Cork Tampere Bremen Basel Nantes Parma".split()
-RIVER = "Alder Birch Cedar Drift Elm Fern Grove Hazel Iris Jade Kelp Larch Moss Nettle Oak Pine".split()
 
 
 class Lookup(_Question):
     """Multi-turn interaction. The knowledge base holds one link of the chain per document; no search finds two at once.
 
+    Companies, towns and rivers take their names from one list: what a name stands for must be read, it cannot be known.
     800 distinct questions, each over a knowledge base that is made anew for every seed, so that no answer can be
     remembered from another task. `top`: documents that a search returns. The oracle needs one search per hop and one turn for the answer.
     """
@@ -184,15 +185,16 @@ class Lookup(_Question):
     }
 
     def __init__(self, hops: int = 3, people: int = 8, top: int = 1):
-        if hops not in (2, 3) or not 2 <= people <= len(CITY) or top < 1:
-            raise ValueError(f"hops must be 2 or 3, people 2 to {len(CITY)}, top at least 1")
+        if hops not in (2, 3) or not 2 <= people <= len(PLACE) // 3 or top < 1:
+            raise ValueError(f"hops must be 2 or 3, people 2 to {len(PLACE) // 3}, top at least 1")
         self.hops, self.people, self.top = hops, people, top
 
     def reset(self, seed: int) -> str:
         random = Random(f"lookup {seed}")
         people = [f"{a} {b}" for a, b in zip(random.sample(FIRST, self.people), random.sample(LAST, self.people))]
-        companies = [f"{a} {random.choice(TRADE)}" for a in random.sample(COMPANY, self.people)]
-        cities, rivers = random.sample(CITY, self.people), random.sample(RIVER, self.people)
+        names = random.sample(PLACE, 3 * self.people)
+        companies = [f"{name} {random.choice(TRADE)}" for name in names[: self.people]]
+        cities, rivers = names[self.people : -self.people], names[-self.people :]
         links = {"work": dict(zip(people, companies)), "base": dict(zip(companies, cities)), "river": dict(zip(cities, rivers))}
         documents = [self.FACTS[kind].format(x, y) for kind, pairs in links.items() for x, y in pairs.items()]
         random.shuffle(documents)

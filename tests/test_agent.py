@@ -709,6 +709,15 @@ def test_the_small_tokenizer_writes_anything():
     assert len(tokenizer.encode("<tool_call></think>")) == 2
 
 
+def test_the_small_tokenizer_writes_a_name_alike_wherever_it_stands():
+    """In a sentence, in JSON, at the end: always the same token, behind the word that says what it is (\"in \", not a blank of its own)."""
+    text = 'It is based in Lyon. {"query": "Lyon"} Lyon lies on the Oak.'
+    tokenizer = small_tokenizer([text] * 9)
+    tokens = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in tokenizer.encode(text)]
+    assert tokens.count("Lyon") == 3
+    assert tokens[tokens.index("Lyon") - 1] == "in " and tokens[tokens.index("Oak") - 1] == "the "
+
+
 def test_the_small_tokenizer_survives_saving(tmp_path):
     """A run's model folder must give the same prompts when it is loaded again."""
     tokenizer = small_tokenizer(TEXTS)

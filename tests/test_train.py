@@ -80,6 +80,40 @@ def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished):
     assert (sampled, greedy) == (after["after"], after["after_greedy"])
 
 
+# ---- the optimizer ----
+
+
+def test_the_optimizer_moves_every_weight_once_and_comes_back_from_its_state():
+    """Muon has the layers' matrices, AdamW the rest, and each weight is in exactly one; a given model is AdamW's alone."""
+    import train
+    from rollout import small_model
+
+    def moved(model, optimizer):
+        before = [p.clone() for p in model.parameters()]
+        model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [bool((a != b).any()) for a, b in zip(before, model.parameters())]
+
+    model = small_model(32)
+    optimizer = train.Optimizer(model, train.Config())
+    owned = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    assert len({id(p) for p in owned}) == len(owned) == len(list(model.parameters()))
+    assert {p.ndim for group in optimizer.parts[1].param_groups for p in group["params"]} == {2}
+    assert all(moved(model, optimizer)) and all(p.grad is None for p in model.parameters())
+
+    twin = small_model(32)
+    twin.load_state_dict(model.state_dict())
+    other = train.Optimizer(twin, train.Config())
+    other.load_state_dict(optimizer.state_dict())
+    for o in (optimizer, other):
+        for group in o.param_groups:
+            group["lr"] = 1e-3
+    moved(model, optimizer), moved(twin, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+    assert len(train.Optimizer(model, train.Config(model="some/model")).parts) == 1
+
+
 # ---- going on ----
 
 
