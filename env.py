@@ -143,12 +143,12 @@ class Calculator(_Question):
 
 
 def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
-    """Mostly wrong: answers with a number of the question, or asks for the wrong operation and believes the result."""
+    """Mostly wrong: answers with a number of the question; or asks for the wrong operation, and believes the result."""
     habit, expression = random.random(), env._expression
-    if habit < 0.25:
+    if habit < 0.58:
         yield expression.split(" ")[0]
         return
-    if habit < 0.65:
+    if habit < 0.7:
         expression = expression.translate(str.maketrans("*-+", "+*-"))
     yield format_call("calculator", expression=expression)
     yield tools.calculator(expression)
@@ -223,7 +223,7 @@ class Lookup(_Question):
 def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
     """Mostly gives up a step early: answers with what its last search but one turned up, or at once with the first."""
     habit, hops = random.random(), len(env._chain) - 1
-    hops = 1 if habit < 0.15 else hops - 1 if habit < 0.63 else hops
+    hops = 1 if habit < 0.15 else hops - 1 if habit < 0.67 else hops
     for x in env._chain[:hops]:
         yield format_call("search", query=x)
     yield env._chain[hops]

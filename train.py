@@ -42,7 +42,7 @@ from tools import schema, tools_of
 
 RUNS = Path("runs")
 WARM_BATCH = 16  # demonstrations per update of the warm start
-LOOP_RATE = 0.14  # learning rate at the begin of the loop, in peaks: imitation can take large steps, noisy rewards cannot
+LOOP_RATE = 0.12  # learning rate where the loop begins, in peaks: imitation can take large steps, noisy rewards cannot
 MOST_DEMONSTRATIONS = 3000  # distinct ones; beyond that they are shown again
 
 
@@ -58,11 +58,11 @@ class Config(GRPOConfig):
     model: str = option("", "folder or hub id of a causal language model; empty: a small one is made here")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(45, "updates by reinforcement learning")
+    steps: int = option(52, "updates by reinforcement learning")
     tasks_per_step: int = option(16, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
     lr: float = option(4e-3, "learning rate at its peak, early in the warm start")
-    warmup_steps: int = option(500, "updates by imitation before the first by reinforcement learning")
+    warmup_steps: int = option(560, "updates by imitation before the first by reinforcement learning")
     max_turns: int = option(6, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int = option(512, "tokens in one segment: prompt, messages and observations")
@@ -291,7 +291,7 @@ class Optimizer:
         matrices = [] if config.model else [p for p in model.base_model.layers.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
-        self.parts = [torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.parts = [torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)]
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
