@@ -143,12 +143,12 @@ class Calculator(_Question):
 
 
 def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
-    """Mostly wrong: answers with a number of the question; or asks for the wrong operation, and believes the result."""
+    """Mostly wrong: answers with the last number of the question; or asks for the wrong operation, and believes the result."""
     habit, expression = random.random(), env._expression
-    if habit < 0.58:
-        yield expression.split(" ")[0]
+    if habit < 0.25:
+        yield expression.split(" ")[-1]
         return
-    if habit < 0.7:
+    if habit < 0.68:
         expression = expression.translate(str.maketrans("*-+", "+*-"))
     yield format_call("calculator", expression=expression)
     yield tools.calculator(expression)

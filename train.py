@@ -62,7 +62,7 @@ class Config(GRPOConfig):
     tasks_per_step: int = option(16, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
     lr: float = option(4e-3, "learning rate at its peak, early in the warm start")
-    warmup_steps: int = option(560, "updates by imitation before the first by reinforcement learning")
+    warmup_steps: int = option(540, "updates by imitation before the first by reinforcement learning")
     max_turns: int = option(6, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int = option(512, "tokens in one segment: prompt, messages and observations")

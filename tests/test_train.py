@@ -227,4 +227,4 @@ def test_a_run_of_a_minute_learns(tmp_path):
     assert scores["after"] >= scores["before"] + 0.25, scores
 
 
-LEARNING = ["--env", "calculator:digits=2", "--warmup-steps", "260", "--steps", "18", "--eval-tasks", "100"]
+LEARNING = ["--env", "calculator:digits=2", "--warmup-steps", "200", "--steps", "16", "--eval-tasks", "100"]
