@@ -3,6 +3,7 @@
 Everything runs as a command in a folder of its own, at a size of seconds; the learning test takes about a minute.
 """
 
+import copy
 import doctest
 import importlib
 import json
@@ -105,7 +106,7 @@ def test_the_optimizer_moves_every_weight_once_and_comes_back_from_its_state():
     twin = small_model(32)
     twin.load_state_dict(model.state_dict())
     other = train.Optimizer(twin, train.Config())
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # or both would share their averages
     for o in (optimizer, other):
         for group in o.param_groups:
             group["lr"] = 1e-3
