@@ -3,6 +3,7 @@
 The reference here uses nothing of kernels.py, on purpose: all logits, F.log_softmax, the papers' formulas, autograd.
 """
 
+import json
 import math
 import subprocess
 import sys
@@ -105,14 +106,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 7, N, None])
+@pytest.mark.parametrize(("chunk", "slab"), [(1, 5), (7, 1), (7, V), (N, 5), (N, 100), (None, None)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_contract_12_fused_equals_plain(name, chunk):
-    """Value and both gradients equal autograd on materialised logits in float64, for every option and chunk size."""
+def test_contract_12_fused_equals_plain(name, chunk, slab):
+    """Value and both gradients equal autograd on materialised logits in float64, for every option, chunk and slab size."""
     args, rows = batch()
     options = rows | OPTIONS[name]
     want = reference(*args, **options)
-    loss, _ = linear_policy_loss(*args, **options, chunk=chunk)
+    loss, _ = linear_policy_loss(*args, **options, chunk=chunk, slab=slab)
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-13)
     for got, expected in zip(gradients(loss, args), gradients(want, args), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
@@ -123,7 +124,7 @@ def test_contract_12_every_shape(shape):
     """One row, one dimension, a vocabulary of one: no shape is special (verl #2899 was wrong when V % 256 was not 0)."""
     args, rows = batch(*shape)
     for options in ({}, {"kl_coef": 0.3, "entropy_coef": 0.2, "tis_cap": 1.2}, {"sequence_ids": torch.arange(shape[0]) // 2}):
-        want, (loss, _) = reference(*args, **rows, **options), linear_policy_loss(*args, **rows, **options, chunk=3)
+        want, (loss, _) = reference(*args, **rows, **options), linear_policy_loss(*args, **rows, **options, chunk=3, slab=64)
         torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-13)
         for got, expected in zip(gradients(loss, args), gradients(want, args), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
@@ -152,8 +153,20 @@ def test_gradcheck(name):
     """Finite differences agree, so autograd and we do not share a mistake (where nothing is detached: no cispo, no old=None)."""
     (hidden, weight, *rest), rows = batch(5, 4, 11, scale=0.5)
     options = {k: v[:5] if k == "sequence_ids" else v for k, v in (rows | OPTIONS[name]).items()}
-    loss = lambda hidden, weight: linear_policy_loss(hidden, weight, *rest, **options, chunk=2)[0]
-    assert torch.autograd.gradcheck(loss, (hidden, weight), eps=1e-6, atol=1e-7)
+
+    class Loss(torch.autograd.Function):  # gradcheck differentiates one loss several times, ours gives its gradients away once
+        @staticmethod
+        def forward(ctx, hidden, weight):
+            ctx.save_for_backward(hidden, weight)
+            return linear_policy_loss(hidden, weight, *rest, **options, chunk=2, slab=4)[0].detach()
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            with torch.enable_grad():
+                loss = linear_policy_loss(*leaves, *rest, **options, chunk=2, slab=4)[0]
+            return torch.autograd.grad(loss, leaves, grad_output)
+    assert torch.autograd.gradcheck(Loss.apply, (hidden, weight), eps=1e-6, atol=1e-7)
 
 
 def hand(ratio, advantage, **options):
@@ -268,6 +281,20 @@ def test_contract_03_zero_advantage_token_stays_in_its_sequence_ratio():
     assert stats.ratio[:2].tolist() == pytest.approx([math.exp(0.075)] * 2) and stats.ratio[2:].isnan().all()
 
 
+def test_statistics_of_silent_rows_on_request():
+    """all_stats: log-probs and entropies of rows of advantage 0 too, never those of weight 0; loss and gradients are the same."""
+    args, rows = batch()
+    (loss, few), (again, all_) = (linear_policy_loss(*args, **rows, all_stats=x) for x in (False, True))
+    silent = (args[3] == 0) & (args[4] != 0)
+    assert few.logps[silent].isnan().all() and silent.any() and torch.equal(loss, again)
+    want = linear_logps(*args[:3])
+    for mine, true, before in zip((all_.logps, all_.entropy), want, (few.logps, few.entropy), strict=True):
+        torch.testing.assert_close(mine[silent], true[silent], rtol=1e-12, atol=1e-13)
+        assert torch.equal(mine[~silent].nan_to_num(9), before[~silent].nan_to_num(9)) and mine[args[4] == 0].isnan().all()
+    for a, b in zip(gradients(loss, args), gradients(again, args), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_gspo_closed_form():
     """s = (prod of ratios)^(1/length) and dL/dlogp_t = -s A / length for each token, as printed in the paper."""
     (hidden, weight, targets, *_), _ = batch(4)
@@ -286,9 +313,10 @@ def test_gspo_closed_form():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logits", [[16.8, 0.0, 0.0], [0.0, 50.0, 0.0], [0.0, 70.0, 0.0], [0.0, 1e4, -1e4], [1e4, -1e4, 0.0]])
 def test_extremes_are_finite(logits, dtype):
-    """A target (the first) of p = 1 - 1e-7, e^-50, e^-70, e^-10000 or 1: value, ratio and gradients stay finite and right."""
+    """A target (the first) of p = 1 - 1e-7, e^-50 or 1 is right; one of e^-70 or e^-10000 saturates at e^-60; all is finite."""
     hidden, weight = torch.tensor([logits], dtype=dtype, requires_grad=True), torch.eye(3, dtype=dtype, requires_grad=True)
     want = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)[0].item()
+    want = max(want, -60.0)
     for old in (None, torch.tensor([-1.0]), torch.tensor([-100.0]), torch.tensor([-1e5])):
         for options in ({}, {"kind": "cispo"}, {"kl_coef": 0.1, "entropy_coef": 0.1, "ref_logps": torch.tensor([-5.0])}):
             args = (hidden, weight, torch.tensor([0]), torch.tensor([-1.0]), torch.tensor([1.0]))
@@ -375,10 +403,13 @@ def test_logits_of_the_batch_are_never_held(options):
             return out
     with Largest() as seen:
         linear_policy_loss(*args, **rows, **options, chunk=8)[0].backward()
-    assert seen.numel == 8 * 50
+    assert seen.numel == 8 * 64  # the next multiple of 64: rows that begin aligned are multiplied faster
     with Largest() as plain:
         reference(*args, **rows)
     assert plain.numel == 64 * 50
+    with Largest() as frozen:  # log-probs alone need no more than a slab
+        linear_logps(*args[:3], chunk=8, slab=10)
+    assert frozen.numel == 50 * 4  # the head, which is there anyway
 
 
 def test_gradient_is_scaled_by_what_comes_after():
@@ -392,6 +423,10 @@ def test_gradient_is_scaled_by_what_comes_after():
     (first,) = torch.autograd.grad(loss**2, args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+    loss, _ = linear_policy_loss(*args, **rows)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="given away: compute it again"):  # they were scaled in place: no second [V, D]
+        loss.backward()
 
 
 def test_gradient_flows_on_into_the_model():
@@ -461,6 +496,7 @@ def test_mixed_dtypes():
     ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ({"temperature": NAN}, "temperature must be positive"),
     ({"chunk": 0}, "chunk must be at least 1"),
+    ({"slab": 0}, "slab must be at least 1"),
     ({"hidden": torch.zeros(N, D + 1)}, r"hidden must be \[N, D\] and weight \[V, D\]"),
     ({"hidden": torch.zeros(N, 1, D)}, r"hidden must be \[N, D\]"),
     ({"targets": torch.zeros(N + 1, dtype=torch.long)}, r"targets must be \[N\] = \[13\].*got \[14\]"),
@@ -495,9 +531,14 @@ def test_examples_in_the_docstrings():
     assert result.attempted >= 8 and result.failed == 0
 
 
-def test_runs_alone():
+def test_runs_alone(tmp_path):
     """`python kernels.py` checks itself and prints its table."""
-    done = subprocess.run([sys.executable, kernels.__file__], capture_output=True, text=True, timeout=120,
+    words = [sys.executable, kernels.__file__, "--shape", "64,16,300", "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120,
                           cwd=Path(kernels.__file__).parent, check=False)
     assert done.returncode == 0, done.stderr
-    assert "sequence ratio" in done.stdout and "fused" in done.stdout and "plain" in done.stdout
+    assert "sequence ratio" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for kind in ("random", "peaked"):
+        rows = {row["name"]: row for row in figures[kind]}
+        assert {"products alone", "fused", "plain"} <= set(rows) and rows["fused"]["error"] < 1e-5

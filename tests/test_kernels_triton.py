@@ -1,0 +1,91 @@
+"""kernels.py's Triton kernels: in the interpreter, compiled for a GPU that is not here, and against float64 on one that is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_kernels
+import pytest
+import torch
+from triton_interpreted import OPTIONS, batch, results, widen
+
+import kernels
+from kernels import linear_policy_loss
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: there is no such kernel here")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_contract_12_in_the_interpreter():
+    """Every option and odd shape, the extremes, 16-bit exponentials: tests/triton_interpreted.py, in a process of its own."""
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/triton_interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(words, cwd=Path(kernels.__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name", ["_exp_slab_kernel", "_policy_kernel", "_reweigh_kernel"])
+def test_kernels_compile_for_a_gpu_that_is_not_here(name):
+    """Down to the machine code of an H100 (sm_90): a kernel that only the interpreter accepts would be found out here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kernel = getattr(kernels, name)
+    constants = {"SIZE": 8192, "STORE": True, "BLOCK": 128, "KIND": 0, "OLD": True, "DUAL": True, "TIS": True, "KL": True}
+    types = {"E": "*bf16", "TARGET": "*i64", "target": "i64", "size": "i32", "stride": "i32", "logits_stride": "i32", "e_stride": "i32"}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature = {k: "constexpr" if k in constants else types.get(k, "*fp32" if k.isupper() else "fp32") for k in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert "ex2.approx" in compiled.asm["ptx"] or name == "_reweigh_kernel"
+    assert len(compiled.asm["cubin"]) > 1000
+
+
+# ---- on a GPU ----
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gpu_equals_float64(name, dtype):
+    """The whole loss through the kernels against float64 through their twins, from the same 16-bit inputs."""
+    args, rows = batch(11, 64, 1000, dtype, "cuda")
+    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in (rows | OPTIONS[name]).items()}
+    got = results(args, **options, chunk=4, slab=300)
+    want = results(widen(args), **widen(options))
+    kept = ~want[3].isnan()
+    assert (got[3] - want[3])[kept].abs().max() < 1e-5 and (got[4] - want[4])[kept].abs().max() < 1e-4
+    for mine, true in zip(got[1:3], want[1:3], strict=True):
+        assert (mine.double() - true).norm() / true.norm() < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@gpu
+@pytest.mark.parametrize("peaked", [False, True])
+def test_gpu_at_the_size_of_a_real_vocabulary(peaked):
+    """V = 151,936 in bfloat16: log-probs to 1e-5, entropies to 1e-4, gradients to 4e-3 of float64; twice the same bits."""
+    args, old = kernels.toy(512, 1024, 151936, torch.bfloat16, "cuda", peaked=peaked)
+    first, second = (results(args, old_logps=old, chunk=200) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    want = results(widen(args), old_logps=old.double())
+    assert (first[3] - want[3]).abs().max() < 1e-5 and (first[4] - want[4]).abs().max() < 1e-4
+    for mine, true in zip(first[1:3], want[1:3], strict=True):
+        assert (mine.double() - true).norm() / true.norm() < 4e-3
+
+
+@gpu
+def test_gpu_holds_no_more_than_it_says():
+    """Beyond inputs and gradients: a chunk of exponentials, a slab of logits, both gradients in float32."""
+    N, D, V, chunk, slab = 4096, 512, 50304, 512, 4096
+    args, old = kernels.toy(N, D, V, torch.bfloat16, "cuda")
+    step = lambda: torch.autograd.grad(linear_policy_loss(*args, old_logps=old, chunk=chunk, slab=slab)[0], args[:2])
+    step()
+    formula = 2 * chunk * V + 4 * chunk * slab + 4 * (N + V) * D + 6 * chunk * D
+    assert bench_kernels.weigh(step, cuda=True) <= 1.05 * formula
+
+
+@gpu
+def test_gpu_more_rows_than_a_grid_may_have():
+    """65,536 rows and more (Liger #1294 crashed there)."""
+    args, old = kernels.toy(70000, 16, 300, torch.bfloat16, "cuda")
+    loss, stats = linear_policy_loss(*args, old_logps=old)
+    want, _ = linear_policy_loss(*(x.detach().cpu().float() if x.is_floating_point() else x.cpu() for x in args), old_logps=old.cpu())
+    assert loss.item() == pytest.approx(want.item(), rel=1e-3, abs=1e-5) and stats.logps.isfinite().all()

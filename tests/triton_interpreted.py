@@ -1,0 +1,123 @@
+"""kernels.py's Triton kernels in Triton's interpreter, on a CPU: the numbers of their torch twins. Run by test_kernels_triton.py:
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py     # a process of its own: Triton decides when it is imported
+
+Float32 goes through the kernels, float64 through the twins. The interpreter runs a program per row in Python: small shapes only.
+It cuts off where a GPU rounds when it stores 16 bits.
+"""
+
+import pytest
+import torch
+
+import kernels
+from kernels import linear_logps, linear_policy_loss
+
+OPTIONS = {
+    "clip": {},
+    "first_update": {"old_logps": None},
+    "dual_clip": {"dual_clip": 1.3},
+    "cispo": {"kind": "cispo"},
+    "reinforce": {"kind": "reinforce"},
+    "tis": {"tis_cap": 1.2},
+    "kl": {"kl_coef": 0.3},
+    "entropy": {"entropy_coef": 0.2},
+    "temperature": {"temperature": 0.6},
+    "gspo": {"sequence_ids": torch.arange(11) // 4},
+    "everything": {"dual_clip": 1.3, "tis_cap": 1.2, "kl_coef": 0.3, "entropy_coef": 0.2, "temperature": 1.7},
+    "gspo_entropy": {"sequence_ids": torch.arange(11) // 4, "entropy_coef": 0.2, "kl_coef": 0.1},
+}
+
+
+def batch(n=11, d=5, v=70, dtype=torch.float32, device="cpu", seed=0):
+    """Random inputs, a few rows masked or of advantage 0, ratios on both sides of both clips."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g)
+    hidden, weight = (1.5 * draw(n, d)).to(dtype), draw(v, d).to(dtype)
+    advantages, weights, targets = draw(n), torch.rand(n, generator=g) + 0.1, torch.randint(v, (n,), generator=g)
+    advantages[1::4], weights[2::5] = 0.0, 0.0
+    logps = linear_logps(hidden.double(), weight.double(), targets)[0].float()
+    rows = {name: (logps + 0.5 * draw(n)).to(device) for name in ("old_logps", "behavior_logps", "ref_logps")}
+    args = [x.to(device) for x in (hidden, weight, targets, advantages, weights)]
+    return tuple(x.requires_grad_() if i < 2 else x for i, x in enumerate(args)), rows
+
+
+def results(args, **options):
+    loss, stats = linear_policy_loss(*args, **options)
+    return loss.detach(), *torch.autograd.grad(loss, args[:2]), stats.logps, stats.entropy, stats.ratio, stats.clipped
+
+
+def widen(x):
+    """Float tensors as float64 leaves, all else as it is."""
+    if isinstance(x, dict):
+        return {k: widen(v) for k, v in x.items()}
+    if isinstance(x, tuple):
+        return tuple(map(widen, x))
+    return x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def both(args, **options):
+    """(of the kernels, of the twins), result by result."""
+    twins = [x.float() for x in results(widen(args), **widen(options))]
+    return zip(results(args, **options), twins, strict=True)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_contract_12_triton_kernels_say_what_the_twins_say(name):
+    """Every option, slabs that do not divide the vocabulary, targets in any of them: value, gradients and statistics."""
+    args, rows = batch()
+    options = rows | OPTIONS[name]
+    for mine, torchs in both(args, **options, chunk=4, slab=32):
+        torch.testing.assert_close(mine, torchs, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (2, 1, 257), (3, 4, 2500)])
+def test_contract_12_triton_every_shape(shape):
+    """One row, a vocabulary of one, one wider than a block of 2048: masked columns must not leak in."""
+    args, rows = batch(*shape)
+    for options in ({}, {"entropy_coef": 0.2, "kl_coef": 0.1}):
+        for mine, torchs in both(args, **rows, **options):
+            torch.testing.assert_close(mine, torchs, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+def test_the_interpreter_really_ran(monkeypatch):
+    """Float32 goes through the kernels and float64 does not: else the tests above would compare the twins with themselves."""
+    args, rows = batch()
+    launched = []
+    for name in ("_exp_slab_kernel", "_policy_kernel", "_reweigh_kernel"):
+        kernel = getattr(kernels, name)
+
+        class Spy:
+            def __getitem__(self, grid, kernel=kernel, name=name):
+                launched.append(name)
+                return kernel[grid]
+        monkeypatch.setattr(kernels, name, Spy())
+    results(args, **rows, entropy_coef=0.1)
+    assert set(launched) == {"_exp_slab_kernel", "_policy_kernel", "_reweigh_kernel"}
+    launched.clear()
+    results(widen(args), **widen(rows), entropy_coef=0.1)
+    assert not launched
+
+
+@pytest.mark.parametrize("logits", [[16.8, 0.0, 0.0], [0.0, 50.0, 0.0], [0.0, 70.0, 0.0], [0.0, 1e4, -1e4], [1e4, -1e4, 0.0]])
+def test_triton_extremes_are_finite(logits):
+    """Targets of p = 1 - 1e-7, e^-50, e^-70, e^-10000 and 1: saturated at e^-60, and never a NaN from 0 * inf."""
+    states, head = torch.tensor([logits], requires_grad=True), torch.eye(3, requires_grad=True)
+    args = (states, head, torch.tensor([0]), torch.tensor([-1.0]), torch.ones(1))
+    for options in ({}, {"old_logps": torch.tensor([-1e5])}, {"kl_coef": 0.1, "entropy_coef": 0.1, "ref_logps": torch.tensor([-1e5])}):
+        for mine, torchs in both(args, **options):
+            assert mine.isfinite().all()
+            torch.testing.assert_close(mine, torchs, rtol=1e-5, atol=1e-6)
+
+
+def test_exponentials_kept_in_16_bits():
+    """E in bfloat16, as on a GPU: to 2^-7 (the interpreter cuts off what a GPU rounds); the sums are of what was not rounded."""
+    g = torch.Generator().manual_seed(0)
+    logits, offset, target = 3 * torch.randn(4, 100, generator=g), torch.randn(4, generator=g), torch.tensor([3, 99, -5, 200])
+    found = []
+    for wide, kept in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        E, (s, h) = torch.empty(4, 128, dtype=kept)[:, :100], torch.zeros(2, 4, dtype=wide)
+        kernels._exp_slab(logits.to(wide), E, offset.to(wide), target, 0.5, s, h)
+        found.append((E.float(), s.float(), h.float()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2**-7, atol=0)
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-5, atol=1e-5)
+    assert found[0][0][0, 3] == 0 and found[0][0][1, 99] == 0 and (found[0][0][2:] > 0).all()
