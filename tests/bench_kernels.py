@@ -21,13 +21,56 @@ import weakref
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from kernels import linear_logps, linear_policy_loss, plain_loss, policy_loss, toy
+from kernels import linear_logps, linear_policy_loss, policy_loss
 
 LENGTH = 64  # tokens of a sequence: Liger takes one advantage per sequence
+
+
+# ---- Right first ----
+
+
+def plain_loss(hidden, weight, targets, advantages, weights, *, temperature=1.0, **options):
+    """The same loss the usual way: all logits at once, autograd through everything."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    log_p = F.log_softmax(F.linear(hidden, weight) / temperature, dim=-1, dtype=wide)  # [N, V]
+    logps = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)  # [N]
+    entropy = -(log_p.exp() * log_p).sum(-1) if options.get("entropy_coef") else None  # [N]; free for the fused loss, not here
+    return (weights * policy_loss(logps, entropy, advantages, **options)[0]).sum()
+
+
+def toy(N, D, V, dtype, device="cpu", peaked=False, length=1):
+    """(arguments of the loss, old_logps). `peaked`: of a policy sure of most tokens. `length` rows in a row have one advantage."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, D, device=device), torch.randn(V, D, device=device) / D**0.5
+    targets = torch.randint(V, (N,), device=device)
+    if peaked:
+        hidden += 14 * weight[targets]
+        targets = torch.cat([(x @ weight.T).softmax(-1).multinomial(1) for x in hidden.split(1024)]).squeeze(1)
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    advantages, weights = torch.randn(N // length, device=device).repeat_interleave(length), torch.full((N,), 1 / N, device=device)
+    return (hidden, weight, targets, advantages, weights), linear_logps(hidden, weight, targets)[0] + 0.05 * torch.randn(N, device=device)
+
+
+def check():
+    """Largest error of value and gradients against float64 autograd, per option."""
+    args, old = toy(64, 16, 101, torch.float64)
+    cases = {"clip": {}, "dual clip": {"dual_clip": 1.5}, "cispo": {"kind": "cispo"}, "reinforce": {"kind": "reinforce"},
+             "sequence ratio": {"sequence_ids": torch.arange(64) // 8},
+             "tis, kl, entropy": {"behavior_logps": old - 0.1, "tis_cap": 2.0, "ref_logps": old + 0.1, "kl_coef": 0.1,
+                                  "entropy_coef": 0.01, "temperature": 0.7}}
+    for name, options in cases.items():
+        fused = linear_policy_loss(*args, old_logps=old, chunk=10, slab=30, **options)[0]
+        plain = plain_loss(*args, old_logps=old, **options)
+        results = [(loss.detach(), *torch.autograd.grad(loss, args[:2])) for loss in (fused, plain)]
+        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
+        print(f"  {name:24} relative error: loss {errors[0]:.0e}  d hidden {errors[1]:.0e}  d weight {errors[2]:.0e}")
+        if not max(errors) < 1e-10:
+            raise SystemExit(f"{name}: the fused loss differs from the plain one")
 
 
 # ---- What is measured ----
@@ -205,6 +248,8 @@ def main(with_peers: bool) -> None:
     N, D, V = map(int, options.shape.split(",")) if options.shape else (16384, 2048, 151936) if cuda else (1024, 128, 8192)
     dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print("The fused loss against autograd on all logits, float64:")
+    check()
     found = {"machine": machine, "torch": torch.__version__, "shape": [N, D, V], "dtype": str(dtype)}
     print(f"Forward and backward on {machine}, torch {torch.__version__}, N={N} D={D} V={V} {dtype}")
     for kind in ("random", "peaked", "rl batch"):

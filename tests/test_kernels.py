@@ -169,6 +169,56 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(Loss.apply, (hidden, weight), eps=1e-6, atol=1e-7)
 
 
+def test_central_differences():
+    """Twenty entries of hidden and of weight, at a size where chunks and slabs are cut: the loss moves as the gradient says."""
+    (hidden, weight, *rest), rows = batch(40, 16, 300, scale=0.5)
+    loss = lambda: linear_policy_loss(hidden, weight, *rest, **rows, **OPTIONS["everything"], chunk=9, slab=64)[0]
+    g = torch.Generator().manual_seed(1)
+    for x, gradient in zip((hidden, weight), torch.autograd.grad(loss(), (hidden, weight)), strict=True):
+        for i in torch.randint(x.numel(), (20,), generator=g):
+            with torch.no_grad():
+                entry, step = x.view(-1)[i].clone(), 1e-6
+                x.view(-1)[i] = entry + step
+                up = loss()
+                x.view(-1)[i] = entry - step
+                slope = (up - loss()) / (2 * step)
+                x.view(-1)[i] = entry
+            assert slope.item() == pytest.approx(gradient.view(-1)[i].item(), rel=1e-5, abs=1e-8)
+
+
+def test_inputs_need_not_be_contiguous():
+    """A transposed head, hidden states and statistics with strides: what their copies give, but for rounding."""
+    args, rows = batch()
+    want = linear_policy_loss(*args, **rows, kl_coef=0.1)[0]
+    stretched = [torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad) for x in (*args, *rows.values())]
+    assert not any(x.is_contiguous() for x in stretched)
+    loss = linear_policy_loss(*stretched[:5], **dict(zip(rows, stretched[5:], strict=True)), kl_coef=0.1)[0]
+    transposed = (args[0], args[1].detach().T.contiguous().T.requires_grad_(), *args[2:])
+    again = linear_policy_loss(*transposed, **rows, kl_coef=0.1)[0]
+    grads = gradients(want, args)
+    for got, inputs in ((loss, stretched), (again, transposed)):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+        torch.testing.assert_close(gradients(got, inputs), grads, rtol=1e-12, atol=1e-15)
+
+
+def test_very_many_tokens():
+    """More than 65,536 rows, which is more than a GPU's second grid dimension has (Liger #1294)."""
+    args, rows = batch(66000, 3, 5)
+    loss, stats = linear_policy_loss(*args, **rows)
+    log_p = (args[0] @ args[1].T).log_softmax(-1).gather(1, args[2][:, None]).squeeze(1)
+    per_row, _, _ = policy_loss(log_p, None, args[3], old_logps=rows["old_logps"])
+    torch.testing.assert_close(loss, (args[4] * per_row).sum(), rtol=1e-12, atol=0)
+    assert stats.logps.isnan().equal((args[3] == 0) | (args[4] == 0))
+
+
+def test_without_triton():
+    """Importing and using the file where Triton is not installed."""
+    use = ("import sys; sys.modules['triton'] = None; import torch, kernels; assert kernels.triton is None; "
+           "print(kernels.linear_logps(torch.eye(2), torch.zeros(4, 2), torch.tensor([0, 3]))[0].tolist())")
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, cwd=Path(kernels.__file__).parent, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("[-1.386"), done.stderr
+
+
 def hand(ratio, advantage, **options):
     """(loss, dloss/dlogp, clipped) of one token of that ratio, from the spec."""
     logps = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)

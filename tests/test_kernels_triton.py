@@ -62,7 +62,7 @@ def test_gpu_equals_float64(name, dtype):
 @pytest.mark.parametrize("peaked", [False, True])
 def test_gpu_at_the_size_of_a_real_vocabulary(peaked):
     """V = 151,936 in bfloat16: log-probs to 1e-5, entropies to 1e-4, gradients to 4e-3 of float64; twice the same bits."""
-    args, old = kernels.toy(512, 1024, 151936, torch.bfloat16, "cuda", peaked=peaked)
+    args, old = bench_kernels.toy(512, 1024, 151936, torch.bfloat16, "cuda", peaked=peaked)
     first, second = (results(args, old_logps=old, chunk=200) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     want = results(widen(args), old_logps=old.double())
@@ -75,7 +75,7 @@ def test_gpu_at_the_size_of_a_real_vocabulary(peaked):
 def test_gpu_holds_no_more_than_it_says():
     """Beyond inputs and gradients: a chunk of exponentials, a slab of logits, both gradients in float32."""
     N, D, V, chunk, slab = 4096, 512, 50304, 512, 4096
-    args, old = kernels.toy(N, D, V, torch.bfloat16, "cuda")
+    args, old = bench_kernels.toy(N, D, V, torch.bfloat16, "cuda")
     step = lambda: torch.autograd.grad(linear_policy_loss(*args, old_logps=old, chunk=chunk, slab=slab)[0], args[:2])
     step()
     formula = 2 * chunk * V + 4 * chunk * slab + 4 * (N + V) * D + 6 * chunk * D
@@ -85,7 +85,7 @@ def test_gpu_holds_no_more_than_it_says():
 @gpu
 def test_gpu_more_rows_than_a_grid_may_have():
     """65,536 rows and more (Liger #1294 crashed there)."""
-    args, old = kernels.toy(70000, 16, 300, torch.bfloat16, "cuda")
+    args, old = bench_kernels.toy(70000, 16, 300, torch.bfloat16, "cuda")
     loss, stats = linear_policy_loss(*args, old_logps=old)
     want, _ = linear_policy_loss(*(x.detach().cpu().float() if x.is_floating_point() else x.cpu() for x in args), old_logps=old.cpu())
     assert loss.item() == pytest.approx(want.item(), rel=1e-3, abs=1e-5) and stats.logps.isfinite().all()

@@ -98,6 +98,38 @@ def test_the_interpreter_really_ran(monkeypatch):
     assert not launched
 
 
+@pytest.fixture
+def mixed_products(monkeypatch):
+    """The 16-bit path of a GPU, on a CPU: products that read 16 bits and write 32, which torch lacks there, are given to it."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def mm(a, b, out_dtype, *, out):
+        return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
+
+    def addmm(self, a, b, out_dtype, *, beta=1, alpha=1, out):
+        assert (beta, alpha) == (1, 1)
+        return out.copy_(self + a.to(out_dtype) @ b.to(out_dtype))
+
+    library.impl("mm.dtype_out", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    monkeypatch.setattr(kernels, "_adds_up_wide", lambda x: True)
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_contract_12_16_bits_as_on_a_gpu(mixed_products, name, dtype):
+    """Log-probs to 1e-5, entropies to 1e-4, gradients to 1 % (exponentials are cut off here, rounded on a GPU) of float64."""
+    args, rows = batch(dtype=dtype)
+    options = rows | OPTIONS[name]
+    found = list(both(args, **options, chunk=4, slab=32))
+    for (mine, true), atol in zip(found[3:], (1e-5, 1e-4, 1e-4, 0), strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-5, atol=atol, equal_nan=True)
+    for mine, true in found[1:3]:
+        assert mine.dtype == dtype and (mine.float() - true).norm() / true.norm() < 1e-2
+
+
 @pytest.mark.parametrize("logits", [[16.8, 0.0, 0.0], [0.0, 50.0, 0.0], [0.0, 70.0, 0.0], [0.0, 1e4, -1e4], [1e4, -1e4, 0.0]])
 def test_triton_extremes_are_finite(logits):
     """Targets of p = 1 - 1e-7, e^-50, e^-70, e^-10000 and 1: saturated at e^-60, and never a NaN from 0 * inf."""
