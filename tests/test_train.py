@@ -162,28 +162,35 @@ BAD = [
 ]
 
 
+@pytest.fixture
+def errors_of(monkeypatch, capsys):
+    """train.py's command line in this process, which has torch loaded already: (exit code, what it said)."""
+    def run(folder, *words):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            train.command_line()
+        return stop.value.code, capsys.readouterr().err
+    return run
+
+
 @pytest.mark.parametrize("words, said", BAD)
-def test_bad_input_gets_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words, said):
-    """In this process, which has torch loaded already; the next test asks the command itself."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    with pytest.raises(SystemExit) as stop:
-        train.command_line()
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and said in errors
+def test_bad_input_gets_one_clear_line_and_exit_code_2(tmp_path, errors_of, words, said):
+    code, errors = errors_of(tmp_path, *words)
+    assert code == 2 and said in errors
     assert len([line for line in errors.splitlines() if line.startswith("train.py: ")]) == 1
     assert not (tmp_path / "runs").exists(), "what cannot start leaves nothing behind"
+
+
+def test_a_name_that_exists_is_refused(finished, errors_of):
+    code, errors = errors_of(finished[0], "--name", "whole", *SMALL)
+    assert code == 2 and "runs/whole exists" in errors
 
 
 def test_bad_input_shows_no_traceback(tmp_path):
     words, said = BAD[0]
     out = command(ROOT / "train.py", *words, cwd=tmp_path)
     assert out.returncode == 2 and said in out.stderr and "Traceback" not in out.stderr
-
-
-def test_a_name_that_exists_is_refused(finished):
-    out = command(ROOT / "train.py", "--name", "whole", *SMALL, cwd=finished[0])
-    assert out.returncode == 2 and "runs/whole exists" in out.stderr
 
 
 # ---- lifting ----
@@ -227,7 +234,7 @@ def test_the_readmes_own_tool_and_environment_work(tmp_path):
     for name, code in blocks:
         assert code.count("\n") < 20
         (tmp_path / name).write_text(code)
-    out = command(ROOT / "train.py", "--name", "mine", *SMALL, "--env", "buttons.py:Buttons", "wordy.py:Wordy", cwd=tmp_path)
+    out = command(ROOT / "train.py", "--name", "mine", *SMALL, "--steps", "1", "--env", "buttons.py:Buttons", "wordy.py:Wordy", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
 
 
