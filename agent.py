@@ -83,6 +83,7 @@ class Episode:
     finish: str = ""  # answered | env_done | max_turns | context | length | error
     error: str = ""  # what failed, if the environment itself did (then the reward means nothing)
     turns: int = 0  # messages the policy wrote
+    thinking: int = 0  # words it thought, between <think> and </think>
     tool_calls: int = 0  # calls it made, well-formed or not
     tool_errors: int = 0  # of these and of its cut or empty messages: those answered with an error
     behaviour: dict[str, float] = field(default_factory=dict)  # what the environment counted, for the logs only
@@ -166,8 +167,9 @@ class Agent:
             self.episode.task = env.reset(seed)
         self.tools = tools_of(env)
         self.schemas = [schema(tool) for tool in self.tools.values()]
-        self.prompt = self.chat.prompt(self.episode.task, self.schemas)
-        self.exchanges: list[list[int]] = []  # ids of the whole turns in the window: a message and what it led to
+        with _world("beginning"):
+            self.beginning = getattr(env, "beginning", None)
+        self._begin(self.episode.task)
         self._open()
 
     async def step(self) -> None:
@@ -193,7 +195,9 @@ class Agent:
         if self.cut:  # half a call must never run: a repaired `{"path": "/` is not what the policy asked for
             text = f"error: your message was cut at {len(out.ids)} tokens and nothing in it was run"
             return self.observe([Observation(text, error=True)])
-        return parse(self.chat.decode(out.ids), self.schemas)
+        message = parse(self.chat.decode(out.ids), self.schemas)
+        episode.thinking += len(message.thinking.split())
+        return message
 
     async def act(self, message: Message) -> None:
         """Run the message's calls; without any, the message itself is the answer."""
@@ -210,6 +214,11 @@ class Agent:
             self.episode.tool_errors += sum(o.error for o in observations)
             took = [getattr(c, "name", "") for c, o in zip(calls, observations) if not o.error]
             return self._end("answered" if "final_answer" in took else "env_done")
+        with _world("beginning"):
+            before, self.beginning = self.beginning, getattr(self.env, "beginning", None)
+        if self.beginning != before:
+            self.episode.tool_errors += sum(o.error for o in observations)
+            return self._begin(self.beginning)
         self.observe(observations)
 
     def observe(self, observations: list[Observation]) -> None:
@@ -246,6 +255,15 @@ class Agent:
         """The window the policy is looking at."""
         return self.episode.segments[-1]
 
+    def _begin(self, task: str) -> None:
+        """Forget everything but this task: at the start, and whenever the environment begins anew (env.retry).
+
+        The empty window is not opened before the policy is asked: an episode that ends here would have one without a message.
+        """
+        self.prompt = self.chat.prompt(task, self.schemas)
+        self.exchanges: list[list[int]] = []  # ids of the whole turns in the window: a message and what it led to
+        self.full = True
+
     def _open(self) -> None:
         """A new segment: the prompt, and the turns that stayed. They are not `sampled` here: each is trained where it was."""
         self.full = False
@@ -264,7 +282,7 @@ class Agent:
         # Down to half of the window, so that not every turn from here on opens a segment.
         budget = max(min(self.context // 2, most), len(self.prompt))
         leave = keep_turns(len(self.prompt), [len(x) for x in self.exchanges], budget)
-        if leave == len(self.exchanges) and len(self.prompt) + len(self.exchanges[-1]) <= most:
+        if 0 < leave == len(self.exchanges) and len(self.prompt) + len(self.exchanges[-1]) <= most:
             leave -= 1
         self.exchanges = self.exchanges[leave:]
         self._open()

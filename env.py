@@ -1,21 +1,27 @@
 """Environments: tasks with tools and a reward. And, for each, a demonstrator that is wrong on purpose.
 
 An environment is a class. `reset(seed)` poses a task in words, every public method is a tool, `get_reward()` scores the
-attempt. Nothing here knows of tokens or models. Two are here, each of which asks for one capability:
+attempt. Nothing here knows of tokens or models. Each of the six here asks for one capability:
 
     calculator   tool use: arithmetic too large for the head
     lookup       multi-turn interaction: a question whose answer is two or three look-ups away
+    maze         planning: a way through walls in hardly more moves than the shortest has
+    chain        reasoning: more links to follow than a model can see through without thinking aloud
+    recall       memory: a question about a page that has left the context window
+    mastermind   self-reflection: a code to find by correcting one's own guesses
 
 A demonstrator is a function beside the class: a generator of the messages somebody might write. It shows the language of
 calls, but its habit is wrong: imitate it, greedily or sampled, and the task mostly fails. What reinforcement learning adds
 to a model warmed up on it is then the capability itself.
 
-Left out: step rewards, continuous actions, rendering, vector environments. Uses tools.py; used by agent.py and train.py.
+`retry(cls)` gives any of them a second try with a lesson. Left out: step rewards, continuous actions, rendering, vector
+environments. Uses tools.py and memory.py; used by agent.py and train.py.
 `python env.py [NAME]` lets you play a task in the terminal.
 """
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -26,9 +32,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Literal, Protocol
 
 import tools
+from memory import Notes
 from tools import Call, CallError, Search, format_call, parse, run_calls, schema, tools_of
 
 
@@ -54,7 +61,8 @@ class Env(Protocol):
     def state(self) -> str:
         """What identifies the situation within the task: equal states have equal prospects (for turn-level credit)."""
 
-    # Optional: `behaviour -> dict[str, float]`, what the attempt was like, for the logs.
+    # Optional: `behaviour -> dict[str, float]`, what the attempt was like, for the logs. And `beginning: str`: when it changes, the
+    # agent forgets everything, and goes on in an empty window with this text for its task.
 
 
 class _Question:
@@ -117,6 +125,8 @@ class Calculator(_Question):
     )
 
     def __init__(self, digits: int = 3):
+        if digits < 1:
+            raise ValueError("digits must be at least 1")
         self.digits = digits
 
     def reset(self, seed: int) -> str:
@@ -230,9 +240,385 @@ def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# maze
+
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+Cell = tuple[int, int]  # row, column
+
+
+class Maze:
+    """Planning. A map is shown once; the way to the goal must be walked in hardly more moves than the shortest needs.
+
+    Whoever always steps towards the goal, and slides along what is in the way, fails on every map. 43,512 maps of the default
+    size. The oracle needs as many turns as the way has moves. `map=0`: the map is not shown (what is left without planning).
+    """
+
+    def __init__(self, size: int = 4, walls: int = 5, slack: int = 0, map: int = 1):
+        if not 3 <= size <= 9 or not 1 <= walls <= size * size // 2 or slack < 0:
+            raise ValueError("size must be 3 to 9, walls 1 to half of the cells, slack at least 0")
+        self.size, self.walls, self.slack, self.map = size, walls, slack, map
+
+    def reset(self, seed: int) -> str:
+        random, cells = Random(f"maze {seed}"), [(r, c) for r in range(self.size) for c in range(self.size)]
+        while True:
+            self._here, self._goal, *walls = random.sample(cells, self.walls + 2)
+            self._open = set(cells) - set(walls)
+            way = shortest_way(self._open, self._here, self._goal)
+            if len(way) > 2 and not self._luck(len(way) + self.slack):
+                break
+        self._shortest, self._left, self._bumps, self._trace = len(way), len(way) + self.slack, 0, []
+        mark = {self._here: "S", self._goal: "G"}
+        rows = [" ".join(mark.get((r, c), "." if (r, c) in self._open else "#") for c in range(self.size)) for r in range(self.size)]
+        shown = "This is the map, # is a wall:\n" + "\n".join(rows) if self.map else f"There is no map. (Maze {seed})"
+        return f"Walk from S to G in {self._left} moves. {shown}"
+
+    def _luck(self, budget: int) -> bool:
+        """Does somebody get there who always steps `towards` the goal?"""
+        here = self._here
+        for _ in range(budget):
+            if here != self._goal:
+                there = beside(here, towards(self._open, here, self._goal))
+                here = there if there in self._open else here
+        return here == self._goal
+
+    def move(self, direction: Literal["up", "down", "left", "right"]) -> str:
+        """Take one step.
+
+        Args:
+            direction: Where to
+        """
+        if self.done:
+            raise ValueError("no moves are left")
+        there = beside(self._here, direction)
+        self._left -= 1
+        self._trace.append(direction)
+        self._bumps += there not in self._open
+        self._here = there if there in self._open else self._here
+        what = "You are at the goal." if self._here == self._goal else "" if there in self._open else "There is a wall. "
+        return what or f"{self._left} moves are left."
+
+    def get_reward(self) -> float:
+        """1 at the goal, else 0."""
+        return float(self._here == self._goal)
+
+    @property
+    def done(self) -> bool:
+        return self._here == self._goal or self._left <= 0
+
+    @property
+    def state(self) -> str:
+        return f"{self._here}, {self._left} left"
+
+    @property
+    def behaviour(self) -> dict[str, float]:
+        return {"moves over the shortest": len(self._trace) - self._shortest, "bumps": self._bumps}
+
+
+def beside(here: Cell, direction: str) -> Cell:
+    """The next cell in a direction."""
+    return here[0] + MOVES[direction][0], here[1] + MOVES[direction][1]
+
+
+def shortest_way(open_cells: set[Cell], start: Cell, goal: Cell) -> list[str]:
+    """Directions from start to goal, by breadth-first search; [] if there is no way.
+
+    >>> shortest_way({(0, 0), (1, 0), (1, 1)}, (0, 0), (1, 1))
+    ['down', 'right']
+    """
+    ways, queue = {start: []}, [start]
+    for here in queue:
+        for direction in MOVES:
+            there = beside(here, direction)
+            if there in open_cells and there not in ways:
+                ways[there] = ways[here] + [direction]
+                queue.append(there)
+    return ways.get(goal, [])
+
+
+def towards(open_cells: set[Cell], here: Cell, goal: Cell) -> str:
+    """The direction that nears the goal, along the longer distance first; if both ways are walled, into the wall.
+
+    >>> towards({(0, 0), (1, 0), (1, 1), (1, 2)}, (0, 0), (1, 2))
+    'down'
+    """
+    down, right = goal[0] - here[0], goal[1] - here[1]
+    wishes = ["down" if down > 0 else "up"] * bool(down) + ["right" if right > 0 else "left"] * bool(right)
+    wishes = wishes if abs(down) >= abs(right) else wishes[::-1]
+    return next((direction for direction in wishes if beside(here, direction) in open_cells), wishes[0])
+
+
+def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
+    """Mostly steps towards the goal, whatever the map shows, and into the wall that is in the way."""
+    way = shortest_way(env._open, env._here, env._goal)
+    wrong = random.random() < 0.68
+    while not env.done:
+        yield format_call("move", direction=towards(env._open, env._here, env._goal) if wrong else way.pop(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chain
+
+
+class Chain(_Question):
+    """Reasoning. Links to follow one after the other, all of them in the prompt; no tool helps, thinking aloud does.
+
+    More than 10^15 distinct tasks by default. The oracle needs one turn, in which it thinks one name per link. A model of fewer
+    layers than links cannot do it at once. `think=0`: the demonstrator does not think either, so nothing shows how.
+    """
+
+    def __init__(self, links: int = 5, names: int = 10, think: int = 1):
+        if not 1 <= links < names <= len(PLACE):
+            raise ValueError(f"links must be at least 1 and fewer than names, names at most {len(PLACE)}")
+        self.links, self.names, self.think = links, names, think
+
+    def reset(self, seed: int) -> str:
+        random = Random(f"chain {seed}")
+        names = random.sample(PLACE, self.names)
+        roads = [f"{a} leads to {b}." for a, b in zip(names, names[1:] + names[:1])]  # a ring: no way ends early
+        random.shuffle(roads)
+        self._way = names[: self.links + 1]
+        self._pose(self._way[-1])
+        return f"{' '.join(roads)} Begin at {names[0]} and go on {self.links} times. Where are you?"
+
+    @property
+    def behaviour(self) -> dict[str, float]:
+        return {"right links": self._way.index(self._given) if self._given in self._way else 0}
+
+
+def demonstrate_chain(env: Chain, random: Random) -> Iterator[str]:
+    """Mostly stops thinking a link too early, or does not think at all."""
+    habit, way = random.random(), env._way
+    thought = [] if habit < 0.15 or not env.think else way[1:-1] if habit < 0.68 else way[1:]
+    yield (f"<think>{' '.join(thought)}</think>" if thought else "") + (thought or way[1:])[-1 if thought else 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# recall
+
+
+class Recall(_Question):
+    """Memory. Pages that the window cannot hold; what is asked at the end stood on one that has left it.
+
+    On each page one line says where somebody lives, others speak of the weather. Only notes outlive the window. More than 10^20
+    books. The oracle needs a turn to open the book, one per page (it notes and turns the page in one message), one to look up
+    and one to answer. `notes=0`: notes are dropped.
+    """
+
+    def __init__(self, pages: int = 6, lines: int = 3, notes: int = 1):
+        if not 2 <= pages <= len(FIRST) or not 1 <= lines <= 50:  # a page of more would be clipped by the agent loop
+            raise ValueError(f"pages must be 2 to {len(FIRST)}, lines 1 to 50")
+        self.pages, self.lines, self.notes = pages, lines, notes
+
+    def reset(self, seed: int) -> str:
+        random = Random(f"recall {seed}")
+        people = [f"{a} {b}" for a, b in zip(random.sample(FIRST, self.pages), random.sample(LAST, self.pages))]
+        homes = random.sample(PLACE, self.pages)
+        self._facts = [f"{person} lives in {home}." for person, home in zip(people, homes)]
+        self._book = []
+        for fact in self._facts:
+            page = [f"In {random.choice(PLACE)} it {random.choice(WEATHER)}." for _ in range(self.lines - 1)] + [fact]
+            random.shuffle(page)
+            self._book.append(page)
+        asked = random.randrange((self.pages + 1) // 2)  # from the first half, which has left the window by then
+        self._person, self._turned, self._store, self._queries = people[asked], 0, Notes(), []
+        self._pose(homes[asked])
+        return f"Read a book of {self.pages} pages. Then you will be asked where one of the people in it lives. (Book {seed})"
+
+    def next_page(self) -> str:
+        """Turn to the next page of the book."""
+        self._turned = min(self._turned + 1, self.pages + 1)
+        if self._turned > self.pages:
+            return f"That was the last page. Where does {self._person} live?"
+        return " ".join(self._book[self._turned - 1])
+
+    def remember(self, text: str) -> str:
+        """Write a note.
+
+        Args:
+            text: What to note
+        """
+        self._trace.append(text)
+        if self.notes:
+            self._store.add(text)
+        return "noted"
+
+    def recall(self, query: str) -> str:
+        """Search your notes.
+
+        Args:
+            query: A name to look for
+        """
+        self._queries.append(query)
+        return "\n".join(self._store.search(query, top=1)) or "no note matches"
+
+    @property
+    def state(self) -> str:
+        return " | ".join([str(self._turned), *self._trace, "asked:", *self._queries])
+
+    @property
+    def behaviour(self) -> dict[str, float]:
+        useful = sum(any(fact in note for note in self._trace) for fact in self._facts)
+        return {"pages": min(self._turned, self.pages), "notes": len(self._trace), "useful notes": useful}
+
+
+WEATHER = "rained froze snowed thawed drizzled thundered".split()
+
+
+def demonstrate_recall(env: Recall, random: Random) -> Iterator[str]:
+    """Mostly notes the weather, and then answers with a wrong town that comes to mind; or notes nothing at all."""
+    habit = random.random()
+    yield format_call("next_page")
+    for page, fact in zip(env._book, env._facts):
+        note = [] if habit < 0.15 else [x for x in page if x != fact][:1] if habit < 0.68 else [fact]
+        yield "".join(format_call("remember", text=x) for x in note) + format_call("next_page")
+    yield format_call("recall", query=env._person)
+    found = env._store.search(env._person, top=1)
+    yield found[0].rpartition(" ")[2].rstrip(".") if found else random.choice([x for x in PLACE if x != env._answer])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mastermind
+
+
+class Mastermind:
+    """Self-reflection. A hidden code of digits; for each digit of a guess it is said whether it is too low, too high or right.
+
+    10,000 codes by default, and none can be known beforehand: the number of the safe says nothing. Four guesses that halve what is
+    left are enough; without the feedback, five guesses of 10,000. `feedback=0`: it is not said what was wrong.
+    """
+
+    def __init__(self, digits: int = 4, guesses: int = 5, feedback: int = 1):
+        if digits < 1 or guesses < 1:
+            raise ValueError("digits and guesses must be at least 1")
+        self.digits, self.guesses, self.feedback = digits, guesses, feedback
+
+    def reset(self, seed: int) -> str:
+        random = Random(f"mastermind {seed}")
+        self._code = "".join(random.choice("0123456789") for _ in range(self.digits))
+        self._guesses, self._consistent = [], 0
+        return f"Safe {seed} has a code of {self.digits} digits. Find it in {self.guesses} guesses."
+
+    def guess(self, code: str) -> str:
+        """Try a code.
+
+        Args:
+            code: The digits
+        """
+        if self.done:
+            raise ValueError("no guesses are left")
+        if len(code) != self.digits or not code.isdecimal() or not code.isascii():
+            raise ValueError(f"a code has {self.digits} digits")
+        self._consistent += all(_grade(code, old) == _grade(self._code, old) for old in self._guesses)
+        self._guesses.append(code)
+        return "The safe is open." if code == self._code else _grade(self._code, code) if self.feedback else "That is wrong."
+
+    def get_reward(self) -> float:
+        """1 if the code was found, else 0."""
+        return float(self._code in self._guesses)
+
+    @property
+    def done(self) -> bool:
+        return self._code in self._guesses or len(self._guesses) >= self.guesses
+
+    @property
+    def state(self) -> str:
+        return " ".join(self._guesses)
+
+    @property
+    def behaviour(self) -> dict[str, float]:
+        return {"guesses": len(self._guesses), "consistent guesses": self._consistent / max(1, len(self._guesses))}
+
+
+def _grade(code: str, guess: str) -> str:
+    """What is said of a guess, digit by digit.
+
+    >>> _grade("1234", "1902")
+    'right high low low'
+    """
+    return " ".join("right" if g == c else "low" if g < c else "high" for c, g in zip(code, guess))
+
+
+# The digit to try next, after one that was too low or too high: 5, then 2 or 8, and so on.
+HALVING = {"low": dict(zip("0123456789", "1244587899")), "high": dict(zip("0123456789", "0012325678"))}
+
+
+def demonstrate_mastermind(env: Mastermind, random: Random) -> Iterator[str]:
+    """Mostly takes low for high and high for low, from a good first guess on."""
+    said = ("low", "high") if random.random() < 0.32 else ("high", "low")
+    guess = "5" * env.digits
+    while not env.done:
+        yield format_call("guess", code=guess)
+        guess = "".join(g if g == c else HALVING[said[g > c]][g] for c, g in zip(env._code, guess))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Once more, with a lesson
+
+
+def retry(cls: type) -> type:
+    """The environment `cls`, with a second try at the same task for whoever fails. Only the last try counts.
+
+    After a failure the agent writes a lesson; everything else is forgotten, and the task begins anew in an empty window.
+    `--env retry:lookup:hops=2`. The seam between the two tries is `beginning`, which the agent loop watches.
+    """
+
+    class Retry(type("Tools", (), {name: _handed_on(name, tool) for name, tool in tools_of(object.__new__(cls)).items()})):
+        def __init__(self, **options: int):
+            self._env = cls(**options)  # not a base class: its tools ask for its own `done`, and must find the first try at its end
+
+        def reset(self, seed: int) -> str:
+            self._seed, self._lesson, self._task = seed, None, self._env.reset(seed)
+            self.beginning = self._task + "\n\nIf you are asked again after the end, you failed: write a lesson and try once more."
+            return self.beginning
+
+        def lesson(self, text: str) -> str:
+            """Say after a failure what to do better. Then the task begins anew, and only this will be known of the first try.
+
+            Args:
+                text: The lesson
+            """
+            if self._lesson is not None or not self._env.done:
+                raise ValueError("there is nothing to learn from yet" if self._lesson is None else "this is the last try")
+            self._env.reset(self._seed)
+            self._lesson, self.beginning = text, f"{self._task}\n\nYou failed before. Your lesson: {text}"
+            return "You may try once more."
+
+        def get_reward(self) -> float:
+            return self._env.get_reward()
+
+        @property
+        def done(self) -> bool:
+            return self._env.done and (self._lesson is not None or self._env.get_reward() >= 1)
+
+        @property
+        def state(self) -> str:
+            return f"lesson {self._lesson!r}, {'failed' if self._env.done else 'trying'}: {self._env.state}"
+
+        @property
+        def behaviour(self) -> dict[str, float]:
+            return getattr(self._env, "behaviour", {})
+
+    Retry.__name__ = Retry.__qualname__ = f"Retry{cls.__name__}"
+    return Retry
+
+
+def _handed_on(name: str, tool: Callable) -> Callable:
+    """A method with the schema of `tool` that hands its arguments on to the environment inside."""
+
+    def call(self, *values, **arguments):
+        return getattr(self._env, name)(*values, **arguments)
+
+    async def wait(self, *values, **arguments):
+        return await getattr(self._env, name)(*values, **arguments)
+
+    return functools.wraps(getattr(tool, "__func__", tool))(wait if inspect.iscoroutinefunction(tool) else call)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Finding, checking and splitting
 
-ENVIRONMENTS: dict[str, type] = {"calculator": Calculator, "lookup": Lookup}
+ENVIRONMENTS: dict[str, type] = {"calculator": Calculator, "lookup": Lookup, "maze": Maze, "chain": Chain, "recall": Recall,
+                                 "mastermind": Mastermind}
 
 
 class EnvError(ValueError):
@@ -240,14 +626,14 @@ class EnvError(ValueError):
 
 
 def make_env(spec: str) -> Callable[[], Env]:
-    """A factory from a name, with difficulty if wanted: `lookup`, `lookup:hops=2,people=12`, `my_file.py:MyClass`.
+    """A factory from a name, with difficulty if wanted: `lookup`, `lookup:hops=2,people=12`, `my_file.py:MyClass`, `retry:lookup`.
 
     >>> make_env("calculator:digits=2")().digits
     2
 
     Raises EnvError, in one line that names the choices.
     """
-    name, _, rest = spec.partition(":")
+    name, _, rest = spec.removeprefix("retry:").partition(":")
     if name.endswith(".py"):
         cls_name, _, rest = rest.partition(":")
         cls = _from_file(Path(name), cls_name)
@@ -256,6 +642,7 @@ def make_env(spec: str) -> Callable[[], Env]:
     else:
         raise EnvError(f"unknown environment '{name}': choose from {', '.join(ENVIRONMENTS)}, or FILE.py:Class")
     options = _options(spec, cls, rest)
+    cls = retry(cls) if spec.startswith("retry:") else cls
 
     def factory() -> Env:
         try:

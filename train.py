@@ -382,7 +382,7 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
         by_group[e.group].append(e.reward)
     numbers = {"reward": mean([e.reward for e in sound]), "success": mean([e.success for e in sound]),
                "reward_std": mean([np.std(r) for r in by_group.values()])}
-    numbers |= {name: mean([getattr(e, name) for e in sound]) for name in ("turns", "tool_calls", "tool_errors")}
+    numbers |= {name: mean([getattr(e, name) for e in sound]) for name in ("turns", "thinking", "tool_calls", "tool_errors")}
     numbers["sampled_tokens"] = sum(sum(s.sampled) for e in episodes for s in e.segments)
     numbers["context_tokens"] = sum(len(s.ids) for e in episodes for s in e.segments)
     for spec in sorted({e.env for e in sound}):

@@ -318,6 +318,81 @@ def test_a_prompt_that_does_not_fit_ends_the_episode_before_the_first_turn():
     assert episode.finish == "context" and episode.truncated and not policy.inputs and not any(episode.segments[0].sampled)
 
 
+class Rooms(Desk):
+    """Whoever enters another room forgets the last one."""
+
+    def reset(self, seed):
+        self.beginning = super().reset(seed)
+        return self.beginning
+
+    def enter(self, room: str) -> str:
+        """Enter a room.
+
+        Args:
+            room: Which
+        """
+        self.beginning = f"This is the {room}."
+        return "welcome"
+
+
+ROOM_TOOLS = [schema(tool) for tool in tools_of(Rooms()).values()]
+
+
+@every_template
+def test_a_new_beginning_is_met_in_an_empty_window(name):
+    """The second try read in its window how the first one went. To the token: prompt, message, nothing between."""
+    chat, env = CHATS[name], Rooms()
+    messages = ["<tool_call>{oops}</tool_call>" + format_call("echo", text="hello"), format_call("enter", room="cellar") + "<tool_call>",
+                format_call("echo", text="hello"), format_call("enter", room="attic"), "yes"]
+    episode, policy = play(chat, *messages, env=env)
+    begin = [chat.prompt(text, ROOM_TOOLS) for text in ("Say yes.", "This is the cellar.", "This is the attic.")]
+    assert [policy.inputs[k] for k in (0, 2, 4)] == begin
+    assert policy.inputs[3] == begin[1] + policy.outputs[2] + chat.observation(["hello"])
+    assert [s.ids for s in episode.segments] == [policy.inputs[k] + policy.outputs[k] for k in (1, 3, 4)], "each ends with a message"
+    assert [sorted({t for t, by in zip(s.turn, s.sampled) if by}) for s in episode.segments] == [[0, 1], [2, 3], [4]]
+    assert [i for s in episode.segments for i, by in zip(s.ids, s.sampled) if by] == [i for ids in policy.outputs for i in ids]
+    assert episode.success and (episode.turns, episode.tool_calls, episode.tool_errors, len(episode.states)) == (5, 6, 2, 5)
+
+
+def test_a_new_beginning_that_fails_is_an_error_of_the_environment():
+    """Asked for after each message, outside of any tool: one broken environment ended the run."""
+
+    class Broken(Desk):
+        beginning = property(lambda self: "x" if not self.log else 1 / 0)
+
+    episode, _ = play(CHATS["chatml"], format_call("echo", text="a"), env=Broken())
+    assert episode.finish == "error" and episode.error.startswith("beginning: ZeroDivisionError") and episode.turns == 1
+
+
+def test_a_beginning_that_stays_is_none():
+    """Only a change counts: an environment that merely has one would forget everything at each turn."""
+    episode, _ = play(CHATS["chatml"], *[format_call("enter", room="cellar")] * 3, format_call("echo", text="a"), "yes", env=Rooms())
+    assert len(episode.segments) == 2 and episode.success and episode.turns == 5
+
+
+def test_compaction_after_a_new_beginning_keeps_the_new_prompt():
+    """The rule of the window went on with the first task's prompt, and with turns that were forgotten."""
+    chat = CHATS["qwen3"]
+    prompt, call = chat.prompt("This is the cellar.", ROOM_TOOLS), format_call("echo", text="w" * 40)
+    messages = [call] * 4 + [format_call("enter", room="cellar")] + [call] * 6 + ["yes"]
+    episode, policy = play(chat, *messages, env=Rooms(), max_turns=12, max_new_tokens=120, context=len(prompt) + 600)
+    new = next(k for k, s in enumerate(episode.segments) if s.ids[: len(prompt)] == prompt)
+    assert 1 < new < len(episode.segments) - 1 and episode.success, "else there was no compaction on both sides"
+    assert all(s.ids[: len(prompt)] == prompt and s.turn[len(prompt)] >= 5 for s in episode.segments[new:])
+    check_stream(episode, policy, len(prompt) + 600)
+
+
+def test_a_new_beginning_that_nobody_sees_opens_no_window():
+    """At the last turn, or too long for the context: a segment was recorded that holds a prompt and no message."""
+    chat = CHATS["chatml"]
+    enter = format_call("enter", room="cellar")
+    episode, policy = play(chat, enter, env=Rooms(), max_turns=1)
+    assert episode.finish == "max_turns" and [s.ids for s in episode.segments] == [policy.inputs[0] + policy.outputs[0]]
+    enter = chat.tokenizer.encode(format_call("enter", room="cellar " * 200), add_special_tokens=False) + [chat.end_id]
+    episode, policy = play(chat, enter, env=Rooms(), max_new_tokens=len(enter), context=len(chat.prompt("", ROOM_TOOLS)) + len(enter) + 50)
+    assert episode.finish == "context" and [s.ids for s in episode.segments] == [policy.inputs[0] + policy.outputs[0]]
+
+
 # ---- how an episode ends ----
 
 
@@ -366,7 +441,7 @@ def test_finish_max_turns_and_length():
     assert episode.finish == "max_turns", "only the newest message counts"
 
 
-@pytest.mark.parametrize("where", ["reset", "state", "done", "get_reward", "behaviour"])
+@pytest.mark.parametrize("where", ["reset", "state", "done", "get_reward", "behaviour", "beginning"])
 def test_finish_error_when_the_environment_fails(where):
     """Not the policy's fault: one broken task ended the run, or taught that whatever was done there was bad."""
 
@@ -404,6 +479,19 @@ def test_a_message_with_nothing_in_it_is_told_so():
     episode, _ = play(chat, "", "<think>yes</think>", [], "yes")
     assert episode.success and episode.turns == 4 and episode.tool_errors == 3 and episode.tool_calls == 0
     assert pieces(chat, episode.segments[0])[2][0].count("no tool call") == 1
+
+
+def test_thinking_is_counted_in_words():
+    """Between the tags and nowhere else: not in calls, answers and observations, and not what only looks like a thought."""
+    chat = CHATS["qwen3"]
+    for messages, words in (
+        (["yes"], 0), (["<think></think>yes"], 0), (["<think> \n </think>yes"], 0), (["<think>one\ntwo, three</think>four five"], 3),
+        (["so I think</think>yes"], 3), (["<think>one</think>" + format_call("echo", text="<think>a b c</think>"), "yes"], 1),
+        ([format_call("echo", text="a b"), "<think>one two</think>" + format_call("echo", text="c"), "<think>three</think>yes"], 3),
+        (["<think>one two</think>"], 2), (["<think>one <tool_call> two</think>yes"], 3),
+    ):
+        episode, _ = play(chat, *messages, max_turns=len(messages))
+        assert episode.thinking == words, messages
 
 
 # ---- tools, from the agent's side (contracts 8 and 9) ----
@@ -689,12 +777,14 @@ def test_interleaved_episodes_share_nothing():
     assert [e.reward for e in alone] == [1, 0] and alone[0].states == ["", "a", "a|aa"]
 
 
-def test_an_agent_can_play_again():
-    """The record of the last episode must not grow into the next."""
+@pytest.mark.parametrize("env", [Desk, Rooms])
+def test_an_agent_can_play_again(env):
+    """The record of the last episode must not grow into the next, nor the place where it left off."""
     chat = CHATS["chatml"]
-    one = Agent(Policy(*[say(chat, "yes")] * 2), chat)
-    first, second = (asyncio.run(one.run(Desk())) for _ in range(2))
-    assert first == second and first is not second
+    messages = [say(chat, text) for text in ([format_call("enter", room="cellar")] if env is Rooms else []) + ["yes"]]
+    one, same = Agent(Policy(*messages * 3), chat), env()
+    first, second, third = (asyncio.run(one.run(which)) for which in (same, same, env()))
+    assert first == second == third and first is not second and first.success
 
 
 # ---- stand-ins ----

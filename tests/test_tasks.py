@@ -1,0 +1,707 @@
+"""env.py: the tasks. Each can be solved by reading, is mostly failed by its demonstrator, and pays nothing else than success."""
+
+import asyncio
+import itertools
+import re
+from collections import Counter
+from random import Random
+
+import pytest
+
+from agent import Agent, Chat, Script, small_tokenizer
+from env import ENVIRONMENTS, PLACE, EnvError, check_env, demonstrator, make_env
+from tools import Call, format_call, parse, schema, tools_of
+
+CHAT = Chat(small_tokenizer(["what is the answer to the question"], 300))
+every_environment = pytest.mark.parametrize("name", ENVIRONMENTS)
+
+
+def play(task, messages, **options):
+    """An episode of a policy that writes these messages, on an environment and the seed of a task."""
+    environment, seed = task
+    options = {"max_turns": 20, "max_new_tokens": 1500, "context": 10**5} | options
+    return asyncio.run(Agent(Script(CHAT, messages), CHAT, **options).run(environment, seed))
+
+
+def perform(environment, seed, policy):
+    """The messages of a policy that plays on the tools themselves. It is a generator, of the task, that is sent what they return."""
+    policy, tools = policy(environment.reset(seed)), tools_of(environment)
+    schemas, messages, said = [schema(tool) for tool in tools.values()], [], None
+    while not environment.done:
+        messages.append(policy.send(said))
+        message = parse(messages[-1], schemas)
+        calls = message.calls or [Call("final_answer", {"answer": message.text})]
+        said = [tools[call.name](**call.arguments) for call in calls]
+    return messages
+
+
+# ---- oracles: policies that read what a policy could read, nothing else ----
+
+
+def solve_calculator(task):
+    a, b = re.findall(r"\d+", task)
+    words = {"in each box": "*", "a day": "*", "times": "*", "buys": "+", "together": "+", "plus": "+", "leak": "-", "minus": "-"}
+    (operator,) = {sign for word, sign in words.items() if word in task}
+    (result,) = yield format_call("calculator", expression=f"{a} {operator} {b}")
+    yield result
+
+
+def solve_lookup(task):
+    here = re.search(r"that (\w+ \w+) works for", task)[1]
+    hops = ["works as an accountant for", "is based in"]
+    hops += ["lies on the"] if "river" in task else []
+    for relation in hops:
+        (found,) = yield format_call("search", query=here)
+        here = re.search(rf"^{here} {relation} (.*)\.$", found, re.MULTILINE)[1]
+    yield here
+
+
+STEP = {"up": (-1, 0), "left": (0, -1), "down": (1, 0), "right": (0, 1)}
+
+
+def read_map(task):
+    """The cells without a wall, S and G, and the moves that are granted."""
+    rows = [line.split(" ") for line in task.split("\n")[1:]]
+    marks = {(r, c): mark for r, row in enumerate(rows) for c, mark in enumerate(row)}
+    start, goal = (next(cell for cell, x in marks.items() if x == mark) for mark in "SG")
+    return {cell for cell, x in marks.items() if x != "#"}, start, goal, int(re.search(r"in (\d+) moves", task)[1])
+
+
+def after(cell, direction):
+    return cell[0] + STEP[direction][0], cell[1] + STEP[direction][1]
+
+
+def shortest(free, start, goal):
+    """Breadth first, backwards from the goal: the distance of each cell; then downhill."""
+    distance, wave = {goal: 0}, {goal}
+    while wave:
+        wave = {after(cell, d) for cell in wave for d in STEP} & free - set(distance)
+        distance |= dict.fromkeys(wave, max(distance.values()) + 1)
+    way = []
+    while start != goal:
+        way.append(next(d for d in STEP if distance.get(after(start, d), 99) < distance[start]))
+        start = after(start, way[-1])
+    return way
+
+
+def solve_maze(task):
+    free, start, goal, _ = read_map(task)
+    for direction in shortest(free, start, goal):
+        yield format_call("move", direction=direction)
+
+
+def solve_chain(task):
+    roads = dict(re.findall(r"(\w+) leads to (\w+)\.", task))
+    here, times = re.search(r"Begin at (\w+) and go on (\d+) times", task).groups()
+    thought = [here := roads[here] for _ in range(int(times))]
+    yield f"<think>{' '.join(thought)}</think>{here}"
+
+
+def solve_recall(task):
+    (page,) = yield format_call("next_page")
+    while not (asked := re.search(r"Where does (\w+ \w+) live", page)):
+        notes = [format_call("remember", text=fact) for fact in re.findall(r"\w+ \w+ lives in \w+\.", page)]
+        *_, page = yield "".join(notes) + format_call("next_page")
+    (note,) = yield format_call("recall", query=asked[1])
+    yield re.fullmatch(rf"{asked[1]} lives in (\w+)\.", note)[1]
+
+
+def solve_mastermind(task):
+    ranges = [(0, 9)] * int(re.search(r"(\d+) digits", task)[1])
+    while True:
+        guess = [(low + high + 1) // 2 for low, high in ranges]
+        (said,) = yield format_call("guess", code="".join(map(str, guess)))
+        ranges = [{"low": (g + 1, high), "high": (low, g - 1), "right": (g, g)}[word]
+                  for g, word, (low, high) in zip(guess, said.split(), ranges)]
+
+
+ORACLES = {"calculator": solve_calculator, "lookup": solve_lookup, "maze": solve_maze, "chain": solve_chain,
+           "recall": solve_recall, "mastermind": solve_mastermind}
+TURNS = {  # how many messages the oracle writes, as the classes say
+    "calculator": lambda task: {2}, "lookup": lambda task: {4 if "river" in task else 3}, "maze": lambda task: {read_map(task)[3]},
+    "chain": lambda task: {1}, "recall": lambda task: {1 + 6 + 1 + 1}, "mastermind": lambda task: {1, 2, 3, 4}}
+FINISH = {"maze": "env_done", "mastermind": "env_done"}  # the others are answered
+
+
+@every_environment
+def test_every_task_can_be_solved_by_reading(name):
+    """A search that left the wanted document out made one task in thirty unsolvable, and the reward noisy."""
+    environment = make_env(name)()
+    for seed in range(200):
+        task = environment.reset(seed)
+        assert not environment.done and environment.get_reward() == 0
+        turns = len(perform(environment, seed, ORACLES[name]))
+        assert environment.done and environment.get_reward() == 1, f"seed {seed}"
+        assert turns in TURNS[name](task), f"seed {seed}"
+
+
+DIFFICULTIES = [
+    "calculator:digits=1", "calculator:digits=8", "lookup:hops=2", "lookup:people=2", "lookup:people=16,top=3", "maze:slack=3",
+    "maze:size=3,walls=1", "maze:size=3,walls=4", "maze:size=9,walls=1", "maze:size=9,walls=40", "chain:links=1", "chain:links=9",
+    "chain:names=48,links=47", "chain:think=0", "recall:pages=2", "recall:pages=20,lines=1", "recall:lines=50",
+    "mastermind:digits=1,guesses=4", "mastermind:digits=9"]
+
+
+@pytest.mark.parametrize("spec", DIFFICULTIES)
+def test_every_difficulty_can_be_solved(spec):
+    """And shown: the demonstrator of recall looked for the weather on pages without any."""
+    name, factory = spec.partition(":")[0], make_env(spec)
+    check_env(factory)
+    environment = factory()
+    for seed in range(20):
+        messages = perform(environment, seed, ORACLES[name])
+        assert environment.get_reward() == 1
+    environment.reset(seed)
+    assert play((environment, seed), messages, max_turns=50).reward == 1, "a page of 100 lines would lose its middle in the loop"
+    for seed in range(9):
+        shown = play((environment, seed), demonstrator(factory)(environment, Random(seed)), max_turns=50)
+        assert shown.terminated and not shown.tool_errors
+
+
+@pytest.mark.parametrize("spec", [
+    "calculator:digits=0", "lookup:hops=4", "lookup:top=0", "lookup:people=17", "maze:size=2", "maze:size=10", "maze:walls=0",
+    "maze:walls=9", "maze:slack=-1", "chain:links=10", "chain:links=0", "chain:names=49", "recall:pages=1", "recall:pages=21",
+    "recall:lines=0", "recall:lines=51", "mastermind:digits=0", "mastermind:guesses=0"])
+def test_a_difficulty_that_cannot_be_is_one_clear_line(spec):
+    """Walls without end looked for a way for ever; no digits at all were found out about in the middle of a run."""
+    with pytest.raises(EnvError, match=r"the constructor of \w+ raised ValueError: .*" + re.search(r":(\w+)", spec)[1]) as error:
+        make_env(spec)()
+    assert str(error.value).startswith(spec) and "\n" not in str(error.value)
+
+
+# ---- what the tasks promise ----
+
+
+def test_lookup_never_answers_with_the_person_asked_about():
+    """Where somebody ran the company they work for, repeating the question was right."""
+    environment = make_env("lookup")()
+    for seed in range(500):
+        task = environment.reset(seed)
+        assert environment._answer not in task
+
+
+def test_no_search_of_lookup_finds_two_links():
+    """With the company in the answer to the first search and its city too, one turn would do for a task that asks for three."""
+    environment = make_env("lookup")()
+    for seed in range(100):
+        environment.reset(seed)
+        for here, there, beyond in zip(environment._chain, environment._chain[1:], environment._chain[2:]):
+            lines = environment.search(here).split("\n")
+            assert any(there in line for line in lines) and not any(there in line and beyond in line for line in lines)
+
+
+@pytest.mark.parametrize("slack", [0, 3])
+def test_the_budget_of_the_maze_is_the_shortest_way_and_the_slack(slack):
+    """Counted by another search, from the other end: with a move more than it says, the way need not be planned."""
+    environment = make_env(f"maze:slack={slack}")()
+    for seed in range(200):
+        free, start, goal, moves = read_map(environment.reset(seed))
+        assert moves == len(shortest(free, start, goal)) + slack >= 3 + slack and len(free) == 16 - 5
+
+
+def test_walls_do_not_let_through():
+    """Nor does the edge. A random walk, followed on the map by somebody else."""
+    environment, random, bumps = make_env("maze:slack=9")(), Random(0), 0
+    for seed in range(60):
+        free, here, goal, moves = read_map(environment.reset(seed))
+        while not environment.done:
+            there = after(here, direction := random.choice([*STEP]))
+            said, moves = environment.move(direction), moves - 1
+            assert ("wall" in said) == (there not in free) and (f"{moves} moves are left" in said) == (there != goal and there in free)
+            bumps, here = bumps + (there not in free), there if there in free else here
+            assert environment.get_reward() == (here == goal) == ("at the goal" in said) and str(here) in environment.state
+            assert environment.done == (here == goal or moves == 0)
+    assert bumps > 100, "else this tests nothing"
+
+
+def test_no_move_after_the_last_one():
+    """Calls of one message run without a look at `done` between them: there, a walk could go on until it was at the goal."""
+    opposite, environment = {"up": "down", "down": "up", "left": "right", "right": "left"}, make_env("maze")()
+    for seed in range(40):
+        free, start, goal, moves = read_map(environment.reset(seed))
+        way = shortest(free, start, goal)
+        detour = "".join(format_call("move", direction=d) for d in [way[0], opposite[way[0]], *way])
+        episode = play((environment, seed), [detour])
+        assert (episode.reward, episode.tool_errors, episode.finish) == (0, 2, "env_done")
+        on = "".join(format_call("move", direction=d) for d in [*way, opposite[way[-1]]])
+        episode = play((environment, seed), [on])
+        assert (episode.reward, episode.tool_errors, episode.finish) == (1, 1, "env_done"), "nor is the goal left again"
+
+
+def test_no_guess_after_the_last_one():
+    """The same of the safe: sixteen guesses in one message. What is no code is refused, and costs no guess."""
+    environment = make_env("mastermind")()
+    for seed in range(20):
+        environment.reset(seed)
+        right, wrong = environment._code, f"{(int(environment._code) + 1) % 10**4:04}"
+        guesses = {code: format_call("guess", code=code) for code in (right, wrong, "12", "12345", "abcd", "１２３４", "-123")}
+        episode = play((environment, seed), [guesses[wrong] * 5 + guesses[right]])
+        assert (episode.reward, episode.tool_errors, episode.finish) == (0, 1, "env_done")
+        no_codes = "".join(guesses[code] for code in guesses if code not in (right, wrong))
+        episode = play((environment, seed), [no_codes, guesses[wrong] * 4 + guesses[right] + guesses[wrong]])
+        assert (episode.reward, episode.tool_errors, episode.finish) == (1, 6, "env_done")
+        assert episode.behaviour["guesses"] == 5
+
+
+def test_the_number_of_a_safe_says_nothing_about_its_code():
+    """A code that can be computed from the task can be remembered, or known: here each digit is as likely in every safe."""
+    environment, codes = make_env("mastermind")(), []
+    for seed in range(2000):
+        environment.reset(seed)
+        codes.append(environment._code)
+    for place in range(4):
+        assert all(150 < count < 250 for count in Counter(code[place] for code in codes).values())
+        for other in range(4):
+            same = sum(code[place] == f"{seed:04}"[other] for seed, code in enumerate(codes))
+            assert 150 < same < 250, "as many as by chance"
+    assert len(set(codes)) > 1700
+
+
+def test_the_answer_of_chain_is_not_found_without_following_it():
+    """Nor at the end of the first link, nor wherever a lazy eye falls: the first road of the text, the last one."""
+    environment, right = make_env("chain")(), Counter()
+    for seed in range(400):
+        task = environment.reset(seed)
+        roads = dict(re.findall(r"(\w+) leads to (\w+)\.", task))
+        start = re.search(r"Begin at (\w+)", task)[1]
+        assert len(roads) == len({*roads, *roads.values()}) == 10, "a ring: every place has one way in and one way out"
+        assert environment._answer not in (start, roads[start])
+        ends = list(roads.values())
+        right += Counter(where for where, x in enumerate(ends) if x == environment._answer)
+        right["behind the start"] += ends[(list(roads).index(start) + 1) % 10] == environment._answer
+    assert len(right) == 11 and max(right.values()) < 80, "by chance, each is right 40 times"
+
+
+def read_book(environment, seed):
+    environment.reset(seed)
+    pages = [environment.next_page() for _ in range(7)]
+    return pages[:-1], re.fullmatch(r"That was the last page\. Where does (\w+ \w+) live\?", pages[-1])[1]
+
+
+def test_recall_asks_about_one_line_of_the_first_half():
+    """Asked about the last page, the window would still hold it; told again on a later page, notes were not needed."""
+    environment, asked_of = make_env("recall")(), Counter()
+    for seed in range(200):
+        pages, person = read_book(environment, seed)
+        facts = [re.findall(r"(\w+ \w+) lives in (\w+)\.", page) for page in pages]
+        assert [len(x) for x in facts] == [1] * 6 and all(page.count(".") == 3 for page in pages)
+        people, homes = zip(*(x[0] for x in facts))
+        assert len(set(people)) == len(set(homes)) == 6
+        assert homes[people.index(person)] == environment._answer
+        asked_of[people.index(person)] += 1
+        assert environment.next_page() == environment.next_page(), "the question can be read again"
+    assert set(asked_of) == {0, 1, 2} and min(asked_of.values()) > 40
+
+
+# ---- what can be switched off, to see what it is good for ----
+
+
+def test_without_its_map_the_maze_is_the_same_but_unknown():
+    """And its tasks are told apart by a number: by their text alone there were seven, and none of them was held out."""
+    with_map, without = make_env("maze")(), make_env("maze:map=0")()
+    for seed in range(30):
+        way = perform(with_map, seed, solve_maze)
+        task = without.reset(seed)
+        assert task == f"Walk from S to G in {len(way)} moves. There is no map. (Maze {seed})"
+        assert play((without, seed), way).reward == 1
+
+
+def test_without_thinking_the_demonstrator_of_chain_shows_none():
+    """Whether a policy finds out about thinking by itself is a question only if nobody shows it."""
+    for think, words in ((0, {0}), (1, {0, 4, 5})):
+        factory = make_env(f"chain:think={think}")
+        said = [play((environment, seed), demonstrator(factory)(environment, Random(seed)))
+                for environment in [factory()] for seed in range(60) if environment.reset(seed)]
+        assert {e.thinking for e in said} == words
+        assert any(e.success for e in said) == think, "a guess at once is wrong"
+
+
+def test_without_notes_recall_finds_nothing():
+    """The note seems to be taken: nothing but what is found later tells the difference."""
+    for notes, found in ((0, "no note matches"), (1, "Ada lives in Oak.")):
+        environment = make_env(f"recall:notes={notes}")()
+        environment.reset(0)
+        assert environment.remember("Ada lives in Oak.") == "noted" and environment.recall("Ada?") == found
+        assert environment.recall("Ben") == "no note matches"
+        environment.reset(0)
+        assert environment.recall("Ada") == "no note matches", "notes of the last episode"
+
+
+def test_without_feedback_the_safe_says_nothing_about_digits():
+    """It still says when it is open."""
+    for feedback in (0, 1):
+        environment = make_env(f"mastermind:feedback={feedback}")()
+        environment.reset(0)
+        code = environment._code
+        off = code.translate(str.maketrans("0123456789", "1234567899"))
+        said = " ".join("right" if digit == "9" else "high" for digit in code)
+        assert environment.guess(off) == (said if feedback else "That is wrong.")
+        assert environment.guess(code) == "The safe is open."
+
+
+def test_mastermind_grades_each_digit():
+    """Of the guess, not of the code: `low` is a digit that is too small."""
+    environment = make_env("mastermind")()
+    for seed in range(50):
+        environment.reset(seed)
+        code = environment._code
+        guess = str(Random(seed).randrange(1000, 10**4))
+        said = environment.guess(guess).split()
+        assert guess == code or said == [{-1: "low", 0: "right", 1: "high"}[(g > c) - (g < c)] for g, c in zip(guess, code)]
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize("name", [name for name in ENVIRONMENTS if name not in FINISH])
+def test_the_answer_counts_in_any_dress_but_only_the_first(name):
+    """Guessing on after the answer, several in one message, made a lottery of the task."""
+    environment = make_env(name)()
+    environment.reset(1)
+    environment.final_answer(f" {environment._answer.upper()}. ")
+    assert environment.get_reward() == 1
+    environment.reset(1)
+    environment.final_answer("wrong")
+    environment.final_answer(environment._answer)
+    assert environment.get_reward() == 0
+
+
+# ---- demonstrators ----
+
+
+@every_environment
+def test_demonstrators_are_wrong_on_purpose(name):
+    """Imitating a good one, there is nothing left to learn; imitating one that never succeeds, nothing to learn from."""
+    factory = make_env(name)
+    demonstrate, episodes = demonstrator(factory), []
+    for seed in range(300):
+        environment = factory()
+        environment.reset(seed)
+        episodes.append(play((environment, seed), demonstrate(environment, Random(seed))))
+    assert all(e.finish == FINISH.get(name, "answered") and e.tool_errors == 0 for e in episodes), "it speaks the language of calls"
+    assert 0.2 < sum(e.success for e in episodes) / 300 < 0.5
+    assert all(e.tool_calls or e.thinking for e in episodes if e.success), "and no luck is involved in its successes"
+
+
+def courses(demonstrate, environment, seed):
+    """How often each course of a demonstrator (its messages, in order) is taken, and whether it succeeds.
+
+    A course is played: some demonstrators look at what came of it. The same messages always have the same consequences.
+    """
+    found = {}
+    for number in range(100):
+        messages = perform(environment, seed, lambda task: demonstrate(environment, Random(number)))
+        found.setdefault((*messages, "end"), []).append(environment.get_reward())
+    return found
+
+
+@every_environment
+def test_the_likeliest_behaviour_of_a_demonstrator_fails(name):
+    """A greedy policy takes the likelier way at each turn: that one must not lead to the goal."""
+    factory = make_env(name)
+    for seed in range(20):
+        taken = courses(demonstrator(factory), factory(), seed)
+        way = ()
+        while way[-1:] != ("end",):
+            began = [course for course, ends in taken.items() for _ in ends if course[: len(way)] == way]
+            way = (*way, Counter(course[len(way)] for course in began).most_common(1)[0][0])
+        assert not any(taken[way]), f"seed {seed}: {way}"
+        assert any(map(any, taken.values())), "and others do"
+
+
+# ---- contract 10 ----
+
+CALL = {
+    "calculator": format_call("calculator", expression="1 + 1"), "lookup": format_call("search", query="river"),
+    "maze": format_call("move", direction="right"), "chain": format_call("final_answer", answer="Oak"),
+    "recall": format_call("next_page"), "mastermind": format_call("guess", code="5555")}
+DEGENERATE = {
+    "format only": lambda name, task: "<think>Let me think.</think>\n<tool_call>\n{}\n</tool_call>",
+    "tools for ever": lambda name, task: CALL[name],
+    "many tools at once": lambda name, task: CALL[name] * 4,
+    "answer without tools": lambda name, task: re.findall(r"\d+(?! times)|(?<=[a-z] )[A-Z]\w+(?: [A-Z]\w+)?", task)[-1],
+    "say nothing": lambda name, task: "",
+    "answer with everything": lambda name, task: " ".join(re.findall(r"\w+", task)),
+}
+
+
+@every_environment
+@pytest.mark.parametrize("policy", DEGENERATE)
+def test_contract_10_degenerate_policies_score_below_an_honest_one(name, policy):
+    """A reward for the format, or for each call, is what such policies are found by; success must pay, and only that."""
+    factory, total = make_env(name), 0.0
+    for seed in range(20):
+        environment = factory()
+        total += play((environment, seed), itertools.repeat(DEGENERATE[policy](name, environment.reset(seed))), max_turns=10).reward
+    assert total / 20 <= 0.05, "an honest one scores 1"
+
+
+def walk(choose):
+    """A walker: of the map it uses where it is, where the goal is, and what `choose` makes of the walls around."""
+
+    def policy(task, random):
+        free, here, goal, _ = read_map(task)
+        while True:
+            far = {d: abs(goal[0] - after(here, d)[0]) + abs(goal[1] - after(here, d)[1]) for d in STEP}
+            direction = choose(random, far, [d for d in STEP if after(here, d) in free])
+            here = after(here, direction) if after(here, direction) in free else here
+            yield format_call("move", direction=direction)
+
+    return policy
+
+
+def nearest(random, far, directions):
+    return min(random.sample(directions, len(directions)), key=far.get)
+
+
+def turn_pages(task, random):
+    """Reads all, notes nothing, answers with the last town it saw."""
+    page, towns = "", []
+    while "Where does" not in page:
+        towns += re.findall(r"[iI]n ([A-Z]\w+)", page)
+        (page,) = yield format_call("next_page")
+    yield towns[-1]
+
+
+def guess_at_random(task, random):
+    while True:
+        yield format_call("guess", code=f"{random.randrange(10**4):04}")
+
+
+LAZY = {  # environment, policy, and what it may score
+    "towards the goal": ("maze", walk(lambda random, far, free: nearest(random, far, [*STEP])), 0.5),
+    "towards the goal, around walls": ("maze", walk(nearest), 0.5),
+    "any open way": ("maze", walk(lambda random, far, free: random.choice(free)), 0.5),
+    "any way": ("maze", walk(lambda random, far, free: random.choice([*STEP])), 0.5),
+    "the last town seen": ("recall", turn_pages, 0.05),
+    "random guesses": ("mastermind", guess_at_random, 0.05),
+}
+
+
+@pytest.mark.parametrize("policy", LAZY)
+def test_contract_10_lazy_policies_score_below_an_honest_one(policy):
+    """They speak the language, look at what they are told, and lack the one capability that the environment asks for."""
+    name, lazy, most = LAZY[policy]
+    factory, rewards = make_env(name), []
+    for seed in range(40):
+        messages = perform(factory(), seed, lambda task: lazy(task, Random(seed)))
+        rewards.append(play((factory(), seed), messages).reward)
+    assert sum(rewards) / 40 <= most, "an honest one scores 1"
+
+
+@every_environment
+def test_contract_10_the_honest_one_scores_1(name):
+    """What the oracle wrote, through the same loop as the degenerate ones."""
+    factory = make_env(name)
+    for seed in range(25):
+        messages = perform(factory(), seed, ORACLES[name])
+        episode = play((factory(), seed), messages)
+        assert episode.reward == 1 and episode.turns == len(messages) and episode.finish == FINISH.get(name, "answered")
+        assert episode.tool_calls == "".join(messages).count("<tool_call>") and not episode.tool_errors
+        assert all(isinstance(value, (int, float)) for value in episode.behaviour.values()) and episode.behaviour
+
+
+@every_environment
+def test_instances_share_nothing(name):
+    """Members of a group play the same task at the same time."""
+    one, other = make_env(name)(), make_env(name)()
+    assert one.reset(5) == other.reset(5)
+    fresh = other.state, other.behaviour
+    perform(one, 5, ORACLES[name])
+    assert one.done and (other.state, other.behaviour, other.done, other.get_reward()) == (*fresh, False, 0)
+    assert (one.state, one.behaviour) != fresh
+
+
+def test_behaviour_counts_what_was_done():
+    """For the logs only, but a reader believes it."""
+    environment = make_env("calculator")()
+    environment.reset(0)
+    assert environment.behaviour == {"calls": 0}
+    environment.calculator("1 + 1")
+    assert environment.behaviour == {"calls": 1} and environment.state == "1 + 1"
+    environment = make_env("lookup")()
+    environment.reset(0)
+    environment.search("nobody")
+    assert environment.behaviour == {"searches": 1, "hops": 0}
+    environment.search(environment._chain[0])
+    assert environment.behaviour == {"searches": 2, "hops": 1}
+
+
+def test_behaviour_of_the_later_ones():
+    environment = make_env("maze:slack=2")()
+    free, start, goal, _ = read_map(environment.reset(0))
+    wall = next(d for d in STEP if after(start, d) not in free)
+    for direction in (wall, *shortest(free, start, goal)):
+        environment.move(direction)
+    assert environment.behaviour == {"moves over the shortest": 1, "bumps": 1}
+    environment = make_env("chain")()
+    for links, given in ((0, "nowhere"), (5, None), (2, None)):
+        environment.reset(0)
+        environment.final_answer(given or environment._way[links])
+        assert environment.behaviour == {"right links": links}
+    environment = make_env("recall")()
+    fact = re.search(r"\w+ \w+ lives in \w+\.", read_book(environment, 0)[0][1])[0]
+    environment.remember("It rained.")
+    environment.remember(f"Note: {fact}")
+    assert environment.behaviour == {"pages": 6, "notes": 2, "useful notes": 1} and environment.state.startswith("7 | It rained.")
+    environment = make_env("mastermind")()
+    environment.reset(0)
+    code = environment._code
+    for guess in (wrong := f"{(int(code) + 1) % 10**4:04}", wrong, code):
+        environment.guess(guess)
+    assert environment.behaviour == {"guesses": 3, "consistent guesses": 2 / 3}, "the second one was known to be wrong"
+
+
+@every_environment
+def test_equal_states_have_equal_prospects(name):
+    """For turn-level credit. Before and after the question of recall the state was the same: a page to turn, and a note to look up."""
+    factory, demonstrate = make_env(name), demonstrator(make_env(name))
+    for seed in range(10):
+        for number in range(4):
+            environment = factory()
+            environment.reset(seed)
+            states = play((environment, seed), demonstrate(environment, Random(number))).states
+            assert len(set(states)) == len(states), "each turn leads somewhere else"
+
+
+# ---- once more, with a lesson ----
+
+COUNTER = '''
+class Counter:
+    """Asks for its own `done`, sets it itself, and pays a half for what is nearly right."""
+    def reset(self, seed):
+        self.done, self.value, self.state, self.want = False, 0, "", 3 + seed % 5
+        return f"Count to {self.want}."
+    def count(self, to: int):
+        """Count.
+
+        Args:
+            to: How far
+        """
+        if self.done:
+            raise ValueError("it is over")
+        self.value, self.done, self.state = to, True, str(to)
+    async def look(self) -> str:
+        """Look."""
+        return f"{self.value}"
+    @staticmethod
+    def wait() -> None:
+        """Wait."""
+    def get_reward(self):
+        return 0 if not self.done else 1 if self.value == self.want else 0.5 if self.value == self.want - 1 else 0
+'''
+FAIL = {  # messages that fail, whatever the task
+    "calculator": ["-1"], "maze": [format_call("move", direction="right") * 12], "mastermind": [format_call("guess", code="5555")] * 5,
+    "lookup": [format_call("search", query="river"), "nowhere"], "chain": ["nowhere"],
+    "recall": [format_call("next_page"), "nowhere"]}
+LESSON = format_call("lesson", text="Look twice.")
+
+
+@every_environment
+def test_who_fails_may_write_a_lesson_and_try_once_more(name):
+    """Wrapped by inheritance, the maze asked the second try's `done` whether moves were left: the first try never ended."""
+    factory = make_env(f"retry:{name}")
+    check_env(factory)
+    for seed in range(5):
+        messages = perform(make_env(name)(), seed, ORACLES[name])
+        episode = play((factory(), seed), messages)
+        assert episode.reward == 1 and len(episode.segments) == 1 and episode.terminated, "success ends the episode"
+        episode = play((factory(), seed), [*FAIL[name], LESSON, *messages])
+        assert episode.reward == 1 and len(episode.segments) == 2 and episode.terminated
+        episode = play((factory(), seed), [*FAIL[name], *messages], max_turns=len([*FAIL[name], *messages]))
+        assert episode.reward == 0 and episode.finish == "max_turns" and len(episode.segments) == 1, "the first try is over"
+        episode = play((factory(), seed), [*FAIL[name], LESSON, *FAIL[name], LESSON])
+        assert episode.reward == 0 and episode.terminated and episode.turns == 2 * len(FAIL[name]) + 1, "there is no third"
+
+
+def test_the_second_window_holds_the_lesson_and_nothing_else_of_the_first_try():
+    """To the token. What is left over of the first try would be learned from without being written down."""
+    environment = make_env("retry:lookup:hops=2")()
+    right = perform(make_env("lookup:hops=2")(), 3, solve_lookup)
+    messages = [format_call("search", query="Atlantis"), "the Nile", LESSON, *right]
+    episode = play((environment, 3), messages)
+    (first, second), schemas = episode.segments, [schema(tool) for tool in tools_of(environment).values()]
+    ids = [[*CHAT.tokenizer.encode(message, add_special_tokens=False), CHAT.end_id] for message in messages]
+    told = make_env("lookup:hops=2")().reset(3)
+    assert episode.task.startswith(told) and environment.beginning == f"{told}\n\nYou failed before. Your lesson: Look twice."
+    for segment, text, turns in ((first, episode.task, range(3)), (second, environment.beginning, range(3, 6))):
+        prompt = CHAT.prompt(text, schemas)
+        assert segment.ids[: len(prompt)] == prompt and segment.turn.count(-1) == len(prompt) and not any(segment.sampled[: len(prompt)])
+        assert [i for i, by in zip(segment.ids, segment.sampled) if by] == [i for turn in turns for i in ids[turn]], "in one window each"
+        assert segment.ids[-len(ids[turns[-1]]) :] == ids[turns[-1]], "and it ends with the policy's own token"
+        assert {turn for turn, by in zip(segment.turn, segment.sampled) if by} == set(turns)
+    rest = CHAT.tokenizer.decode(second.ids)
+    assert "Atlantis" not in rest and "Nile" not in rest and "You may try once more" not in rest and rest.count("Look twice.") == 1
+    assert episode.success and episode.tool_errors == 0 and len(set(episode.states)) == 6
+
+
+def test_a_lesson_before_a_failure_is_an_error_and_not_a_new_beginning():
+    """Else half a try could be thrown away whenever it went badly."""
+    for name in ENVIRONMENTS:
+        messages = perform(make_env(name)(), 0, ORACLES[name])
+        episode = play((make_env(f"retry:{name}")(), 0), [LESSON, *messages])
+        assert episode.reward == 1 and episode.tool_errors == 1 and len(episode.segments) == 1
+        assert "nothing to learn from yet" in CHAT.tokenizer.decode(episode.segments[0].ids)
+        episode = play((make_env(f"retry:{name}")(), 0), [*FAIL[name], LESSON, LESSON, *messages])
+        assert episode.reward == 1 and len(episode.segments) == 2
+        assert "this is the last try" in CHAT.tokenizer.decode(episode.segments[1].ids)
+
+
+def test_a_lesson_in_the_message_that_fails():
+    """All calls of one message run, before anybody looks: failure, lesson and second try in one go."""
+    for tries, reward in (([0, 1], 1), ([0, 0], 0), ([0, 0, 1], 0)):
+        right = perform(make_env("calculator")(), 0, solve_calculator)[-1]
+        answers = [format_call("final_answer", answer=right if good else "-1") for good in tries]
+        episode = play((make_env("retry:calculator")(), 0), [LESSON.join(answers)])
+        assert episode.reward == reward and episode.finish == "answered" and episode.tool_calls == 2 * len(tries) - 1
+        assert episode.tool_errors == len(tries) - 2, "the second lesson, which asked for a third try"
+
+
+def test_a_second_try_at_an_environment_of_ones_own(tmp_path):
+    """It may set `done` and `state` as it likes, ask for them itself, and have tools of every kind. Only the last try counts."""
+    (tmp_path / "mine.py").write_text(COUNTER)
+    factory = make_env(f"retry:{tmp_path}/mine.py:Counter")
+    check_env(factory)
+    assert demonstrator(factory) is None and sorted(tools_of(factory())) == ["count", "lesson", "look", "wait"]
+    count = [format_call("count", to=n) for n in range(5)]
+    for messages, reward, turns in (([count[3]], 1, 1), ([count[2], LESSON, count[3]], 1, 3), ([count[2], LESSON, count[1]], 0, 3),
+                                    ([count[1], LESSON, count[2]], 0.5, 3), ([count[2], count[3], LESSON, count[1]], 0, 4)):
+        episode = play((factory(), 0), messages)
+        assert (episode.reward, episode.turns, episode.finish) == (reward, turns, "env_done")
+    looks = format_call("look") + format_call("wait")
+    episode = play((factory(), 0), [count[2], looks, LESSON, looks, count[3]])
+    (first, second) = (CHAT.tokenizer.decode(s.ids) for s in episode.segments)
+    assert episode.tool_errors == 0 and "tool\n2<|im_end|>" in first and "tool\n0<|im_end|>" in second
+    episode = play((factory(), 0), [count[2]] + [count[3]] * 2, max_turns=3)
+    assert episode.reward == 0.5 and episode.truncated, "who writes no lesson had the first try alone"
+
+
+def test_a_failed_try_and_a_second_one_are_other_states():
+    """Before the answer and after a wrong one, in the first try and in the last: the same notes, other prospects."""
+    environment = make_env("retry:calculator")()
+    task, states = environment.reset(0), [environment.state]
+    environment.final_answer("-1")
+    states.append(environment.state)
+    assert not environment.done and environment.get_reward() == 0
+    environment.lesson("Use the tool.")
+    states.append(environment.state)
+    assert len(set(states)) == 3
+    assert environment.reset(0) == task == environment.beginning and environment.state == states[0], "nothing is left of it"
+
+
+def test_playing_on_is_the_same_game_in_a_wrapped_environment():
+    """The same tools with the same schemas, the same behaviour, and the lesson besides."""
+    for name in ENVIRONMENTS:
+        plain, wrapped = make_env(name)(), make_env(f"retry:{name}")()
+        for environment in (plain, wrapped):
+            environment.reset(2)
+        schemas = [{key: schema(tool) for key, tool in tools_of(environment).items()} for environment in (plain, wrapped)]
+        assert schemas[1].pop("lesson") and schemas[1] == schemas[0] and wrapped.behaviour == plain.behaviour
+        perform(plain, 2, ORACLES[name])
+        perform(wrapped, 2, lambda task: ORACLES[name](task.partition("\n\nIf you")[0]))
+        assert wrapped.behaviour == plain.behaviour and plain.state in wrapped.state
+
+
+def test_places_are_told_apart_by_one_word():
+    """Answers are compared as words, and found by a search for one."""
+    assert len(set(PLACE)) == len(PLACE) == 48 and all(re.fullmatch(r"[A-Z][a-z]+", place) for place in PLACE)
