@@ -234,7 +234,8 @@ def test_the_readmes_own_tool_and_environment_work(tmp_path):
     for name, code in blocks:
         assert code.count("\n") < 20
         (tmp_path / name).write_text(code)
-    out = command(ROOT / "train.py", "--name", "mine", *SMALL, "--steps", "1", "--env", "buttons.py:Buttons", "wordy.py:Wordy", cwd=tmp_path)
+    words = ["--name", "mine", *SMALL, "--steps", "1", "--env", "buttons.py:Buttons", "wordy.py:Wordy"]
+    out = command(ROOT / "train.py", *words, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
 
 
