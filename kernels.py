@@ -37,6 +37,7 @@ except ImportError:  # macOS, or torch built for CPUs only: the torch twins do t
 KINDS = ("clip", "cispo", "reinforce")
 # exp(88) overflows float32, and 0 * inf in a backward pass is NaN: beyond e^60 a ratio saturates (value e^60, gradient 0).
 LOG_LIMIT = 60.0
+BLOCK = 2048  # columns that a Triton program reads at a time
 
 
 # ---- The idea: the loss, as a function of log-probs ----------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def _exp_slab(logits, E, offset, target, scale, s, h):
     if _on_triton(logits):
         out = logits if E is None else E
         _exp_slab_kernel[(len(logits),)](logits, out, offset, target, s, h, logits.stride(0), out.stride(0), scale, LOG_LIMIT,
-                                         logits.shape[1], E is not None, BLOCK=min(2048, triton.next_power_of_2(logits.shape[1])))
+                                         logits.shape[1], E is not None, BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])))
         return
     q = torch.add(-offset[:, None], logits, alpha=scale, out=logits).clamp_(max=LOG_LIMIT)
     e = torch.exp(q, out=E)
@@ -346,7 +347,7 @@ def _exp_slab(logits, E, offset, target, scale, s, h):
 def _reweigh(E, alpha, beta):
     """E [C, V] = e (alpha + beta log e), with alpha and beta [C]: what the entropy bonus makes of the exponentials."""
     if _on_triton(alpha):
-        _reweigh_kernel[(len(E),)](E, alpha, beta, E.stride(0), E.shape[1], BLOCK=min(2048, triton.next_power_of_2(E.shape[1])))
+        _reweigh_kernel[(len(E),)](E, alpha, beta, E.stride(0), E.shape[1], BLOCK=min(BLOCK, triton.next_power_of_2(E.shape[1])))
         return
     for e, a, b in zip(E, alpha, beta):  # row by row: no second [C, V]
         e.mul_(e.clamp_min(torch.finfo(e.dtype).tiny).log_().mul_(b).add_(a))

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import kernels
 from kernels import linear_logps, linear_policy_loss, policy_loss
 
 LENGTH = 64  # tokens of a sequence: Liger takes one advantage per sequence
@@ -223,17 +224,20 @@ def rl_batch(args):
 
 
 def sweep(args, old, rounds: int) -> list[dict]:
-    """chunk x slab: milliseconds and scratch memory of the fused loss."""
+    """chunk x slab, on a GPU also x block: milliseconds and scratch memory of the fused loss."""
     rows, cuda = [], args[0].is_cuda
     chunks = (1024, 2048, 4096, 4224, 8448) if cuda else (128, 256, 512)
     slabs = (2048, 4096, 8192, 16384, 32768) if cuda else (1024, 2048, 8192)
     fused = lambda chunk, slab: of(lambda *a: linear_policy_loss(*a, old_logps=old, chunk=chunk, slab=slab)[0], args)
     steps = {(chunk, slab): fused(chunk, slab) for chunk in chunks for slab in slabs}
-    for step in steps.values():
-        step()
-    for (chunk, slab), seconds in race(steps, rounds, cuda).items():
-        rows.append({"chunk": chunk, "slab": slab, "ms": 1e3 * median(seconds), "MB": weigh(steps[chunk, slab], cuda) / 2**20})
-        print("  chunk {chunk:6d}  slab {slab:6d}  {ms:9.1f} ms  {MB:7.0f} MB".format(**rows[-1]), flush=True)
+    for block in (1024, 2048, 4096) if cuda else (kernels.BLOCK,):
+        kernels.BLOCK = block
+        for step in steps.values():  # the first call compiles
+            step()
+        for (chunk, slab), seconds in race(steps, rounds, cuda).items():
+            row = {"block": block, "chunk": chunk, "slab": slab, "ms": 1e3 * median(seconds)}
+            rows.append(row | {"MB": weigh(steps[chunk, slab], cuda) / 2**20})
+            print("  block {block:5d}  chunk {chunk:6d}  slab {slab:6d}  {ms:9.1f} ms  {MB:7.0f} MB".format(**rows[-1]), flush=True)
     return rows
 
 
@@ -241,7 +245,7 @@ def main(with_peers: bool) -> None:
     parser = argparse.ArgumentParser(description="Time, weigh and check the fused loss on this machine.")
     parser.add_argument("--shape", default="", help="N,D,V: tokens (a multiple of 64), width, vocabulary")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweep", action="store_true", help="chunk x slab instead of the contestants")
+    parser.add_argument("--sweep", action="store_true", help="chunk x slab x block instead of the contestants")
     parser.add_argument("--json", default="", help="file for the figures")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
