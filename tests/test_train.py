@@ -43,6 +43,23 @@ def finished(tmp_path_factory):
     return folder, out.stdout
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """train.py's command line in this process, which has torch loaded already: (exit code, what it printed, its errors)."""
+    def run(folder, *words):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        code = 0
+        try:
+            train.command_line()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    before = signal.getsignal(signal.SIGINT)
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -74,13 +91,13 @@ def test_every_episode_is_kept_token_by_token(finished):
             assert all((logp != 0) <= sampled for logp, sampled in zip(s["logps"], s["sampled"]))
 
 
-def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished):
+def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished, here):
     """--eval-only on the finished run gives the very numbers of its summary."""
     folder = finished[0]
-    out = command(ROOT / "train.py", "--eval-only", "runs/whole", "--eval-tasks", "4", cwd=folder)
-    assert out.returncode == 0, out.stderr
+    code, out, _ = here(folder, "--eval-only", "runs/whole", "--eval-tasks", "4")
+    assert code == 0
     after = json.loads((folder / "runs/whole/summary.json").read_text())["environments"]["calculator:digits=1"]
-    sampled, greedy = (float(x) / 100 for x in re.search(r"sampled +([\d.]+)%.*greedy +([\d.]+)%", out.stdout).groups())
+    sampled, greedy = (float(x) / 100 for x in re.search(r"sampled +([\d.]+)%.*greedy +([\d.]+)%", out).groups())
     assert (sampled, greedy) == (after["after"], after["after_greedy"])
 
 
@@ -162,35 +179,17 @@ BAD = [
 ]
 
 
-@pytest.fixture
-def errors_of(monkeypatch, capsys):
-    """train.py's command line in this process, which has torch loaded already: (exit code, what it said)."""
-    def run(folder, *words):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        with pytest.raises(SystemExit) as stop:
-            train.command_line()
-        return stop.value.code, capsys.readouterr().err
-    return run
-
-
 @pytest.mark.parametrize("words, said", BAD)
-def test_bad_input_gets_one_clear_line_and_exit_code_2(tmp_path, errors_of, words, said):
-    code, errors = errors_of(tmp_path, *words)
-    assert code == 2 and said in errors
+def test_bad_input_gets_one_clear_line_and_exit_code_2(tmp_path, here, words, said):
+    code, _, errors = here(tmp_path, *words)
+    assert code == 2 and said in errors and "Traceback" not in errors
     assert len([line for line in errors.splitlines() if line.startswith("train.py: ")]) == 1
     assert not (tmp_path / "runs").exists(), "what cannot start leaves nothing behind"
 
 
-def test_a_name_that_exists_is_refused(finished, errors_of):
-    code, errors = errors_of(finished[0], "--name", "whole", *SMALL)
+def test_a_name_that_exists_is_refused(finished, here):
+    code, _, errors = here(finished[0], "--name", "whole", *SMALL)
     assert code == 2 and "runs/whole exists" in errors
-
-
-def test_bad_input_shows_no_traceback(tmp_path):
-    words, said = BAD[0]
-    out = command(ROOT / "train.py", *words, cwd=tmp_path)
-    assert out.returncode == 2 and said in out.stderr and "Traceback" not in out.stderr
 
 
 # ---- lifting ----
@@ -227,16 +226,16 @@ def test_examples_in_docstrings_are_true(name):
     assert failed == 0 and tried > 0
 
 
-def test_the_readmes_own_tool_and_environment_work(tmp_path):
+def test_the_readmes_own_tool_and_environment_work(tmp_path, here):
     """The code blocks of the README that define an environment are run as they stand there, each under 20 lines."""
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     for name, code in blocks:
         assert code.count("\n") < 20
         (tmp_path / name).write_text(code)
-    words = ["--name", "mine", *SMALL, "--steps", "1", "--env", "buttons.py:Buttons", "wordy.py:Wordy"]
-    out = command(ROOT / "train.py", *words, cwd=tmp_path)
-    assert out.returncode == 0, out.stderr
+    code, _, errors = here(tmp_path, "--name", "mine", *SMALL, "--steps", "1", "--env", "buttons.py:Buttons", "wordy.py:Wordy")
+    assert code == 0, errors
+    assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").is_file()
 
 
 # ---- learning ----
