@@ -249,8 +249,8 @@ Cell = tuple[int, int]  # row, column
 class Maze:
     """Planning. A map is shown once; the way to the goal must be walked in hardly more moves than the shortest needs.
 
-    Whoever always steps towards the goal, and slides along what is in the way, fails on every map. 43,512 maps of the default
-    size. The oracle needs as many turns as the way has moves. `map=0`: the map is not shown (what is left without planning).
+    Whoever always steps towards the goal, along the longer distance first (`towards`), fails on every map. 43,512 maps of the
+    default size. The oracle needs as many turns as the way has moves. `map=0`: the map is not shown (what is left without planning).
     """
 
     def __init__(self, size: int = 4, walls: int = 5, slack: int = 0, map: int = 1):
