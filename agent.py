@@ -441,7 +441,7 @@ def small_tokenizer(texts, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     # A blank belongs to the word before it. So names and numbers are the same tokens wherever they stand, right behind the word
     # that says what they are: copying a name is then copying a token, which a young model learns first. A JSON key is one token.
-    pieces = r'[{\[]*"\p{Ll}[\p{Ll}_]*": "?|\p{Ll}[\p{Ll}_]* ?|\p{Lu}\p{Ll}*|\p{N}|[^\s\p{L}\p{N}]+ ?|\s'
+    pieces = r'[{\[]*"\p{Ll}[\p{Ll}_]*": "?|\p{Ll}[\p{Ll}_]* ?|\p{Lu}(?:\p{Ll}+|\p{N})?|\p{N}|[^\s\p{L}\p{N}]+ ?|\s'
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pieces), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()

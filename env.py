@@ -32,7 +32,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Literal, Protocol
+from typing import Protocol
 
 import tools
 from memory import Notes
@@ -103,6 +103,11 @@ def _normal(answer: str) -> str:
     return answer.strip().rstrip(".").replace(",", "").casefold()
 
 
+def _number(random: Random) -> str:
+    """Tells tasks apart whose text would be the same. Of one length: small seeds must not look unlike large ones."""
+    return f"{random.randrange(10**6):06}"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # calculator
 
@@ -111,6 +116,7 @@ class Calculator(_Question):
     """Tool use. A word problem whose numbers are too large to work out in the head.
 
     About 650,000 distinct tasks by default (numbers of `digits` digits, and of one less). The oracle needs two turns: call, answer.
+    `tool=0`: the calculator is out of order (what is left without tool use).
     """
 
     TASKS = (
@@ -124,10 +130,10 @@ class Calculator(_Question):
         ("What is {a} plus {b}?", "{a} + {b}"),
     )
 
-    def __init__(self, digits: int = 3):
+    def __init__(self, digits: int = 3, tool: int = 1):
         if digits < 1:
             raise ValueError("digits must be at least 1")
-        self.digits = digits
+        self.digits, self.tool = digits, tool
 
     def reset(self, seed: int) -> str:
         random = Random(f"calculator {seed}")
@@ -145,7 +151,7 @@ class Calculator(_Question):
             expression: The expression, for example 12 * 7
         """
         self._trace.append(expression)
-        return tools.calculator(expression)
+        return tools.calculator(expression) if self.tool else "out of order"
 
     @property
     def behaviour(self) -> dict[str, float]:
@@ -182,6 +188,7 @@ class Lookup(_Question):
     Companies, towns and rivers take their names from one list: what a name stands for must be read, it cannot be known.
     800 distinct questions, each over a knowledge base that is made anew for every seed, so that no answer can be
     remembered from another task. `top`: documents that a search returns. The oracle needs one search per hop and one turn for the answer.
+    `open=0`: no search finds anything, so there is nothing that a further turn could use.
     """
 
     QUESTIONS = {  # kind: (question, the relations to follow from the person it names)
@@ -194,10 +201,10 @@ class Lookup(_Question):
         "river": "{0} lies on the {1}.",
     }
 
-    def __init__(self, hops: int = 3, people: int = 8, top: int = 1):
+    def __init__(self, hops: int = 3, people: int = 8, top: int = 1, open: int = 1):
         if hops not in (2, 3) or not 2 <= people <= len(PLACE) // 3 or top < 1:
             raise ValueError(f"hops must be 2 or 3, people 2 to {len(PLACE) // 3}, top at least 1")
-        self.hops, self.people, self.top = hops, people, top
+        self.hops, self.people, self.top, self.open = hops, people, top, open
 
     def reset(self, seed: int) -> str:
         random = Random(f"lookup {seed}")
@@ -223,7 +230,7 @@ class Lookup(_Question):
             query: A name to look for
         """
         self._trace.append(query)
-        return self._search.search(query)
+        return self._search.search(query) if self.open else "closed"
 
     @property
     def behaviour(self) -> dict[str, float]:
@@ -242,60 +249,69 @@ def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # maze
 
-MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-Cell = tuple[int, int]  # row, column
-
-
 class Maze:
-    """Planning. A map is shown once; the way to the goal must be walked in hardly more moves than the shortest needs.
+    """Planning. A map is shown once: corridors lead away from the start, one of them to the goal, and every move counts.
 
-    Whoever always steps towards the goal, along the longer distance first (`towards`), fails on every map. 43,512 maps of the
-    default size. The oracle needs as many turns as the way has moves. `map=0`: the map is not shown (what is left without planning).
+    Seen from the start one corridor is like another; seen from the goal there is only one way back. Who always steps to a cell
+    that is nearer the goal (`towards`) fails on every map. The oracle needs one turn, the way being 4 to 6 moves long.
+    `map=0`: the map is not shown (what is left without planning).
     """
 
-    def __init__(self, size: int = 4, walls: int = 5, slack: int = 0, map: int = 1):
-        if not 3 <= size <= 9 or not 1 <= walls <= size * size // 2 or slack < 0:
-            raise ValueError("size must be 3 to 9, walls 1 to half of the cells, slack at least 0")
-        self.size, self.walls, self.slack, self.map = size, walls, slack, map
+    def __init__(self, size: int = 6, corridors: int = 3, shortest: int = 4, slack: int = 0, map: int = 1):
+        if not 4 <= size <= 9 or not 2 <= corridors <= 3 or not 3 <= shortest <= size or slack < 0:
+            raise ValueError("size must be 4 to 9, corridors 2 or 3, shortest 3 to size, slack at least 0")
+        self.size, self.corridors, self.shortest, self.slack, self.map = size, corridors, shortest, slack, map
+        self._grid = [f"{row}{column}" for row in "ABCDEFGHI"[:size] for column in range(1, size + 1)]
 
     def reset(self, seed: int) -> str:
-        random, cells = Random(f"maze {seed}"), [(r, c) for r in range(self.size) for c in range(self.size)]
+        random = Random(f"maze {seed}")
         while True:
-            self._here, self._goal, *walls = random.sample(cells, self.walls + 2)
-            self._open = set(cells) - set(walls)
-            way = shortest_way(self._open, self._here, self._goal)
-            if len(way) > 2 and not self._luck(len(way) + self.slack):
+            self._here, self._goal, self._open = self._dig(random)
+            moves = len(shortest_way(self._open, self._here, self._goal)) - 1
+            if moves >= self.shortest and not self._luck():
                 break
-        self._shortest, self._left, self._bumps, self._trace = len(way), len(way) + self.slack, 0, []
-        mark = {self._here: "S", self._goal: "G"}
-        rows = [" ".join(mark.get((r, c), "." if (r, c) in self._open else "#") for c in range(self.size)) for r in range(self.size)]
-        shown = "This is the map, # is a wall:\n" + "\n".join(rows) if self.map else f"There is no map. (Maze {seed})"
-        return f"Walk from S to G in {self._left} moves. {shown}"
+        self._shortest, self._left, self._bumps, self._trace = moves, moves + self.slack, 0, []
+        names = [cell if cell in self._open else "##" for cell in self._grid]
+        rows = ["".join(names[i : i + self.size]) for i in range(0, len(names), self.size)]
+        shown = "This is the map, # is wall:\n" + "\n".join(rows) if self.map else f"There is no map. (Maze {_number(random)})"
+        return f"Walk from {self._here} to {self._goal} in {self._left} moves. {shown}"
 
-    def _luck(self, budget: int) -> bool:
+    def _dig(self, random: Random) -> tuple[str, str, set[str]]:
+        """A start, the end of the first corridor that leads away from it, and all cells without a wall. No corridor touches another."""
+        start = random.choice(self._grid)
+        beginnings = [cell for cell in beside(start) if cell in self._grid]
+        ends = random.sample(beginnings, min(self.corridors, len(beginnings)))
+        found = {start, *ends}
+        for number, end in enumerate(ends):
+            for _ in range(random.randint(1 if number else self.shortest - 1, self.size - 1)):
+                free = [x for x in beside(end) if x in self._grid and x not in found and found.intersection(beside(x)) == {end}]
+                end = ends[number] = random.choice(free or [end])
+                found.add(end)
+        return start, ends[0], found
+
+    def _luck(self) -> bool:
         """Does somebody get there who always steps `towards` the goal?"""
         here = self._here
-        for _ in range(budget):
-            if here != self._goal:
-                there = beside(here, towards(self._open, here, self._goal))
-                here = there if there in self._open else here
+        while here in self._open and here != self._goal:
+            here = towards(self._open, here, self._goal)
         return here == self._goal
 
-    def move(self, direction: Literal["up", "down", "left", "right"]) -> str:
-        """Take one step.
+    def walk(self, route: str) -> str:
+        """Walk from cell to neighbouring cell.
 
         Args:
-            direction: Where to
+            route: The names of the cells
         """
-        if self.done:
-            raise ValueError("no moves are left")
-        there = beside(self._here, direction)
-        self._left -= 1
-        self._trace.append(direction)
-        self._bumps += there not in self._open
-        self._here = there if there in self._open else self._here
-        what = "You are at the goal." if self._here == self._goal else "" if there in self._open else "There is a wall. "
-        return what or f"{self._left} moves are left."
+        for cell in route.split():
+            if self.done:
+                raise ValueError("no moves are left that would lead to the goal")
+            self._left -= 1
+            self._trace.append(cell)
+            if cell not in self._open or cell not in beside(self._here):
+                self._bumps += 1
+                return f"There is no way from {self._here} to {cell}. {self._left} moves are left."
+            self._here = cell
+        return f"You are at {self._here}. {self._left} moves are left."
 
     def get_reward(self) -> float:
         """1 at the goal, else 0."""
@@ -303,7 +319,7 @@ class Maze:
 
     @property
     def done(self) -> bool:
-        return self._here == self._goal or self._left <= 0
+        return self._here == self._goal or self._left < len(shortest_way(self._open, self._here, self._goal)) - 1
 
     @property
     def state(self) -> str:
@@ -314,45 +330,55 @@ class Maze:
         return {"moves over the shortest": len(self._trace) - self._shortest, "bumps": self._bumps}
 
 
-def beside(here: Cell, direction: str) -> Cell:
-    """The next cell in a direction."""
-    return here[0] + MOVES[direction][0], here[1] + MOVES[direction][1]
+def beside(cell: str) -> list[str]:
+    """The cells above, below, left and right.
 
-
-def shortest_way(open_cells: set[Cell], start: Cell, goal: Cell) -> list[str]:
-    """Directions from start to goal, by breadth-first search; [] if there is no way.
-
-    >>> shortest_way({(0, 0), (1, 0), (1, 1)}, (0, 0), (1, 1))
-    ['down', 'right']
+    >>> beside("B2")
+    ['A2', 'C2', 'B1', 'B3']
     """
-    ways, queue = {start: []}, [start]
+    row, column = ord(cell[0]), int(cell[1])
+    return [f"{chr(row - 1)}{column}", f"{chr(row + 1)}{column}", f"{chr(row)}{column - 1}", f"{chr(row)}{column + 1}"]
+
+
+def shortest_way(open_cells: set[str], start: str, goal: str) -> list[str]:
+    """The cells from start to goal, by breadth-first search; [] if there is no way.
+
+    >>> shortest_way({"A1", "B1", "B2"}, "A1", "B2")
+    ['A1', 'B1', 'B2']
+    """
+    ways, queue = {start: [start]}, [start]
     for here in queue:
-        for direction in MOVES:
-            there = beside(here, direction)
+        for there in beside(here):
             if there in open_cells and there not in ways:
-                ways[there] = ways[here] + [direction]
+                ways[there] = [*ways[here], there]
                 queue.append(there)
     return ways.get(goal, [])
 
 
-def towards(open_cells: set[Cell], here: Cell, goal: Cell) -> str:
-    """The direction that nears the goal, along the longer distance first; if both ways are walled, into the wall.
+def towards(open_cells: set[str], here: str, goal: str) -> str:
+    """A cell beside this one that is nearer the goal: an open one, if there is one.
 
-    >>> towards({(0, 0), (1, 0), (1, 1), (1, 2)}, (0, 0), (1, 2))
-    'down'
+    >>> towards({"A1", "B1", "B2"}, "A1", "B2"), towards({"A1"}, "A1", "A3")
+    ('B1', 'A2')
     """
-    down, right = goal[0] - here[0], goal[1] - here[1]
-    wishes = ["down" if down > 0 else "up"] * bool(down) + ["right" if right > 0 else "left"] * bool(right)
-    wishes = wishes if abs(down) >= abs(right) else wishes[::-1]
-    return next((direction for direction in wishes if beside(here, direction) in open_cells), wishes[0])
+    distance = lambda cell: abs(ord(cell[0]) - ord(goal[0])) + abs(int(cell[1]) - int(goal[1]))
+    nearer = [cell for cell in beside(here) if distance(cell) < distance(here)]
+    return next((cell for cell in nearer if cell in open_cells), nearer[0])
 
 
 def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
-    """Mostly steps towards the goal, whatever the map shows, and into the wall that is in the way."""
-    way = shortest_way(env._open, env._here, env._goal)
-    wrong = random.random() < 0.68
+    """Mostly does not plan to the end: a step before the start it sets off; or goes straight for the goal, into the wall.
+
+    A plan is thought backwards, from the goal to the start.
+    """
+    habit, way = random.random(), shortest_way(env._open, env._here, env._goal)
+    if habit < 0.68:
+        del way[:2]
+    thought = f"<think>{' '.join(way[::-1])}</think>" if habit > 0.15 else ""
     while not env.done:
-        yield format_call("move", direction=towards(env._open, env._here, env._goal) if wrong else way.pop(0))
+        if habit < 0.15:
+            way = [towards(env._open, env._here, env._goal)]
+        yield thought + format_call("walk", route=" ".join(way[1:] if habit > 0.68 else way))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,36 +386,39 @@ def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
 
 
 class Chain(_Question):
-    """Reasoning. Links to follow one after the other, all of them in the prompt; no tool helps, thinking aloud does.
+    """Reasoning. A small program to execute, all of it in the prompt; no tool helps, thinking aloud does.
 
-    More than 10^15 distinct tasks by default. The oracle needs one turn, in which it thinks one name per link. A model of fewer
-    layers than links cannot do it at once. `think=0`: the demonstrator does not think either, so nothing shows how.
+    A million programs by default. The oracle needs one turn, in which it thinks one digit per step. The steps do not commute, so that
+    none can be left for later. `think=0`: the demonstrator gives the same answers, but does not say how it came to them.
     """
 
-    def __init__(self, links: int = 5, names: int = 10, think: int = 1):
-        if not 1 <= links < names <= len(PLACE):
-            raise ValueError(f"links must be at least 1 and fewer than names, names at most {len(PLACE)}")
-        self.links, self.names, self.think = links, names, think
+    def __init__(self, steps: int = 6, think: int = 1):
+        if steps < 2:
+            raise ValueError("steps must be at least 2")
+        self.steps, self.think = steps, think
 
     def reset(self, seed: int) -> str:
         random = Random(f"chain {seed}")
-        names = random.sample(PLACE, self.names)
-        roads = [f"{a} leads to {b}." for a, b in zip(names, names[1:] + names[:1])]  # a ring: no way ends early
-        random.shuffle(roads)
-        self._way = names[: self.links + 1]
+        self._way, program = [random.randrange(10)], []
+        for _ in range(self.steps):
+            word, number = random.choice([("add", random.randint(1, 5)), ("times", random.choice((3, 7)))])
+            program.append(f"{word} {number}")
+            self._way.append((self._way[-1] + number if word == "add" else self._way[-1] * number) % 10)
+        self._way = [str(digit) for digit in self._way]
         self._pose(self._way[-1])
-        return f"{' '.join(roads)} Begin at {names[0]} and go on {self.links} times. Where are you?"
+        return f"Keep only the last digit of every result. Begin with {self._way[0]}, {', '.join(program)}. What is the result?"
 
     @property
     def behaviour(self) -> dict[str, float]:
-        return {"right links": self._way.index(self._given) if self._given in self._way else 0}
+        return {"right steps": max((i for i, digit in enumerate(self._way) if digit == self._given), default=0)}
 
 
 def demonstrate_chain(env: Chain, random: Random) -> Iterator[str]:
-    """Mostly stops thinking a link too early, or does not think at all."""
-    habit, way = random.random(), env._way
-    thought = [] if habit < 0.15 or not env.think else way[1:-1] if habit < 0.68 else way[1:]
-    yield (f"<think>{' '.join(thought)}</think>" if thought else "") + (thought or way[1:])[-1 if thought else 0]
+    """Mostly stops thinking a step too early, or does not think at all."""
+    habit, way = random.random(), env._way[1:]
+    found = way[:1] if habit < 0.15 else way[:-1] if habit < 0.74 else way
+    thought = "".join(f"so {digit}, " for digit in found) if habit > 0.15 and env.think else ""
+    yield (f"<think>{thought}</think>" if thought else "") + found[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,7 +433,7 @@ class Recall(_Question):
     and one to answer. `notes=0`: notes are dropped.
     """
 
-    def __init__(self, pages: int = 6, lines: int = 3, notes: int = 1):
+    def __init__(self, pages: int = 4, lines: int = 2, notes: int = 1):
         if not 2 <= pages <= len(FIRST) or not 1 <= lines <= 50:  # a page of more would be clipped by the agent loop
             raise ValueError(f"pages must be 2 to {len(FIRST)}, lines 1 to 50")
         self.pages, self.lines, self.notes = pages, lines, notes
@@ -422,7 +451,7 @@ class Recall(_Question):
         asked = random.randrange((self.pages + 1) // 2)  # from the first half, which has left the window by then
         self._person, self._turned, self._store, self._queries = people[asked], 0, Notes(), []
         self._pose(homes[asked])
-        return f"Read a book of {self.pages} pages. Then you will be asked where one of the people in it lives. (Book {seed})"
+        return f"Read a book of {self.pages} pages. Then you will be asked where one of the people in it lives. (Book {_number(random)})"
 
     def next_page(self) -> str:
         """Turn to the next page of the book."""
@@ -484,10 +513,10 @@ class Mastermind:
     """Self-reflection. A hidden code of digits; for each digit of a guess it is said whether it is too low, too high or right.
 
     10,000 codes by default, and none can be known beforehand: the number of the safe says nothing. Four guesses that halve what is
-    left are enough; without the feedback, five guesses of 10,000. `feedback=0`: it is not said what was wrong.
+    left are enough; without the feedback it is four guesses of 10,000. `feedback=0`: it is not said what was wrong.
     """
 
-    def __init__(self, digits: int = 4, guesses: int = 5, feedback: int = 1):
+    def __init__(self, digits: int = 4, guesses: int = 4, feedback: int = 1):
         if digits < 1 or guesses < 1:
             raise ValueError("digits and guesses must be at least 1")
         self.digits, self.guesses, self.feedback = digits, guesses, feedback
@@ -496,7 +525,7 @@ class Mastermind:
         random = Random(f"mastermind {seed}")
         self._code = "".join(random.choice("0123456789") for _ in range(self.digits))
         self._guesses, self._consistent = [], 0
-        return f"Safe {seed} has a code of {self.digits} digits. Find it in {self.guesses} guesses."
+        return f"Safe {_number(random)} has a code of {self.digits} digits. Find it in {self.guesses} guesses."
 
     def guess(self, code: str) -> str:
         """Try a code.
@@ -543,12 +572,18 @@ HALVING = {"low": dict(zip("0123456789", "1244587899")), "high": dict(zip("01234
 
 
 def demonstrate_mastermind(env: Mastermind, random: Random) -> Iterator[str]:
-    """Mostly takes low for high and high for low, from a good first guess on."""
-    said = ("low", "high") if random.random() < 0.32 else ("high", "low")
-    guess = "5" * env.digits
+    """Mostly tries one code after the other, whatever is said of them; or thinks about each digit what was said of it."""
+    habit, guess = random.random(), "5" * env.digits
+    yield format_call("guess", code=guess)
     while not env.done:
-        yield format_call("guess", code=guess)
-        guess = "".join(g if g == c else HALVING[said[g > c]][g] for c, g in zip(env._code, guess))
+        said = _grade(env._code, guess).split()
+        thought = " ".join({"low": "more", "high": "less", "right": "stay"}[word] for word in said)
+        if habit < 0.68:
+            guess = str((int(guess[0]) + 1) % 10) * env.digits
+            yield format_call("guess", code=guess)
+        else:
+            guess = "".join(HALVING[word][g] if word in HALVING else g for g, word in zip(guess, said))
+            yield f"<think>{thought}</think>" + format_call("guess", code=guess)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -387,7 +387,11 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
                          max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(config)
+        for layer in model.model.layers:  # heads begin by copying what they look at: where to look is all that is left to learn
+            values, out = layer.self_attn.v_proj.weight.data, layer.self_attn.o_proj.weight.data
+            out.copy_(0.2 * torch.nn.init.orthogonal_(values).T)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The whole run: a model, a warm start, the loop, evaluation on tasks it never saw.
 
-    python train.py                                  # about 1M parameters, made here, learns calculator and lookup
+    python train.py                                  # about 1M parameters, made here, learns all six tasks
     python train.py --env calculator                 # one of them
     python train.py --model PATH_OR_HUB_ID --lr 1e-5 # any causal language model of transformers
     python train.py --env my_env.py:MyEnv            # an environment of yours
@@ -8,8 +8,8 @@
     python train.py --eval-only runs/0               # score a finished run
 
 A run leaves a folder runs/NAME: run.json, metrics.jsonl (a line per step), episodes.jsonl (every episode, token by token),
-checkpoints/, model/ (a Hugging Face folder) and summary.json. Left out here: several processes, a learning-rate search,
-dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
+checkpoints/, model/ (a Hugging Face folder), scores.json (held-out successes, task by task) and summary.json. Left out here:
+several processes, a learning-rate search, dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
 """
 
 import copy
@@ -35,15 +35,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
-from env import EnvError, check_env, demonstrator, make_env, seeds, task_hash
+from env import ENVIRONMENTS, EnvError, check_env, demonstrator, make_env, seeds, task_hash
 from grpo import GRPOConfig, episode_rows, make_rows, update
 from rollout import Engine, play, small_model
 from tools import schema, tools_of
 
 RUNS = Path("runs")
-WARM_BATCH = 16  # demonstrations per update of the warm start
-LOOP_RATE = 0.12  # learning rate where the loop begins, in peaks: imitation can take large steps, noisy rewards cannot
-MOST_DEMONSTRATIONS = 3000  # distinct ones; beyond that they are shown again
+WARM_BATCH = 32  # demonstrations per update of the warm start
+LOOP_RATE = 0.08  # learning rate where the loop begins, in peaks: imitation can take large steps, noisy rewards cannot
+MOST_DEMONSTRATIONS = 15000  # distinct ones; beyond that they are shown again
 
 
 def option(default, text):
@@ -54,18 +54,18 @@ def option(default, text):
 class Config(GRPOConfig):
     """Every option of a run, with those of the update (grpo.py)."""
 
-    env: list[str] = option(["calculator", "lookup"], "environments: NAME, NAME:argument=value,..., or FILE.py:Class")
+    env: list[str] = option([*ENVIRONMENTS], "environments: NAME, NAME:argument=value,..., or FILE.py:Class")
     model: str = option("", "folder or hub id of a causal language model; empty: a small one is made here")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(52, "updates by reinforcement learning")
-    tasks_per_step: int = option(16, "tasks per update, shared out among the environments")
+    steps: int = option(14, "updates by reinforcement learning, times the number of environments")
+    tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
-    lr: float = option(4e-3, "learning rate at its peak, early in the warm start")
-    warmup_steps: int = option(540, "updates by imitation before the first by reinforcement learning")
-    max_turns: int = option(6, "messages the model may write in an episode")
+    lr: float = option(6e-3, "learning rate at its peak, early in the warm start")
+    warmup_steps: int = option(120, "updates by imitation before that, times the number of environments")
+    max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
-    context: int = option(512, "tokens in one segment: prompt, messages and observations")
+    context: int = option(448, "tokens in one segment: prompt, messages and observations")
     temperature: float = option(1.0, "of sampling in training; evaluation samples at 1, and greedily")
     eval_tasks: int = option(200, "held-out tasks per environment, before and after")
     eval_only: str = option("", "RUN: only score the model of this run")
@@ -73,6 +73,16 @@ class Config(GRPOConfig):
     save_every: int = option(20, "updates between checkpoints")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dtype: str = option("float32", "of the weights: float32 or bfloat16")
+
+    @property
+    def updates(self) -> int:
+        """By reinforcement learning, in all."""
+        return self.steps * len(self.env)
+
+    @property
+    def warmup_updates(self) -> int:
+        """By imitation, in all."""
+        return self.warmup_steps * len(self.env)
 
 
 def train(config: Config) -> None:
@@ -100,8 +110,8 @@ def train(config: Config) -> None:
         clock.start("warm start")
         imitate(model, optimizer, chat, factories, config)
         clock.start("evaluation")
-        state = {"step": 0, "tokens": 0, "cursor": {spec: (config.seed + 1) * 10**6 for spec in factories},
-                 "before": evaluate(engine, chat, factories, config)}
+        state = {"step": 0, "tokens": 0, "success": dict.fromkeys(factories, 0.0),
+                 "cursor": {spec: (config.seed + 1) * 10**6 for spec in factories}, "before": evaluate(engine, chat, factories, config)}
         save_checkpoint(run, {**state, "seconds": dict(clock.seconds)}, model, tokenizer, optimizer)
     else:
         state = torch.load(checkpoint / "trainer.pt", weights_only=True)
@@ -115,17 +125,17 @@ def train(config: Config) -> None:
     # The loop: roll out, compare within groups, update
 
     ctrl_c = CtrlC()
-    steps = range(state["step"] + 1, config.steps + 1)
-    for step in tqdm(steps, desc="RL", initial=state["step"], total=config.steps, leave=False):
+    steps = range(state["step"] + 1, config.updates + 1)
+    for step in tqdm(steps, desc="RL", initial=state["step"], total=config.updates, leave=False):
         began = time.perf_counter()
         clock.start("rollouts")
-        specs = [list(factories)[i % len(factories)] for i in range((step - 1) * config.tasks_per_step, step * config.tasks_per_step)]
+        specs = share_out(state["success"], config.tasks_per_step)
         tasks = [(spec, next_seed(factories[spec], state["cursor"], spec)) for spec in specs]
         episodes = roll_out(engine, chat, factories, config, tasks, step)
 
         clock.start("update")
         rows, advantages, signal_report = make_rows(episodes, config)
-        set_lr(optimizer, config, config.warmup_steps + step)
+        set_lr(optimizer, config, config.warmup_updates + step)
         report = update(model, optimizer, rows, config, config.temperature, reference)
 
         clock.start("log")
@@ -133,12 +143,14 @@ def train(config: Config) -> None:
                    "lr": optimizer.param_groups[0]["lr"]}
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
         state |= {"step": step, "tokens": state["tokens"] + metrics["sampled_tokens"]}
+        for spec, success in state["success"].items():  # of the last few steps; a step in which all attempts crashed says nothing
+            state["success"][spec] = success + 0.5 * (metrics.get(f"success/{spec}", success) - success)
         append(run / "metrics.jsonl", [metrics])
         append(run / "episodes.jsonl", [record(e, a, step, tokenizer) for e, a in zip(episodes, advantages)])
         tqdm.write(metric_line(metrics))
         if step % 20 == 0:
             tqdm.write(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
-        if step % config.save_every == 0 or step == config.steps or ctrl_c.pressed:
+        if step % config.save_every == 0 or step == config.updates or ctrl_c.pressed:
             save_checkpoint(run, {**state, "seconds": dict(clock.seconds)}, model, tokenizer, optimizer)
         if ctrl_c.pressed:
             sys.exit(f"stopped after step {step}. To go on: python train.py --resume {run}")
@@ -152,6 +164,7 @@ def train(config: Config) -> None:
     clock.start("end")
     print_scores(state["before"], "before")
     print_scores(after, "after")
+    (run / "scores.json").write_text(json.dumps({"before": state["before"], "after": after}))
     (run / "summary.json").write_text(json.dumps(summarise(state, after, clock, config), indent=2))
     print(f"{run}: {clock.total():.0f} s: " + ", ".join(f"{phase} {s:.0f}" for phase, s in clock.seconds.items()))
 
@@ -213,6 +226,18 @@ def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple
     return play([start(g, spec, seed, m) for g, (spec, seed) in enumerate(tasks) for m in range(size)], llm.slots)
 
 
+def share_out(success: dict[str, float], tasks: int) -> list[str]:
+    """Which environments the tasks of a step are of: one task each, the others where most attempts still fail.
+
+    >>> share_out({"easy": 1.0, "hard": 0.5, "hopeless": 0.0}, 7)
+    ['easy', 'hard', 'hard', 'hopeless', 'hopeless', 'hopeless', 'hopeless']
+    """
+    counts = Counter(list(success) if tasks >= len(success) else ())
+    while counts.total() < tasks:
+        counts[max(success, key=lambda spec: (1.05 - success[spec]) / (counts[spec] + 1))] += 1
+    return [spec for spec in success for _ in range(counts[spec])]
+
+
 def next_seed(factory, cursor: dict[str, int], spec: str) -> int:
     """The next training task of an environment; `cursor` remembers how far we are."""
     seed = next(seeds(factory, evaluation=False, start=cursor[spec]))
@@ -235,13 +260,12 @@ def evaluate(engine: Engine, chat: Chat, factories: dict, config: Config) -> dic
 # Warm start
 
 
-def demonstrations(chat: Chat, factories: dict, config: Config, count: int, start: int, keep=lambda episode: True) -> list[Episode]:
-    """`count` demonstrations of each environment that has a demonstrator, taken in turn. `keep` says which ones are wanted."""
+def demonstrations(chat: Chat, factories: dict, config: Config, counts: dict[str, int], start: int,
+                   keep=lambda episode: True) -> list[Episode]:
+    """So many demonstrations of each environment, evenly mixed. `keep` says which ones are wanted."""
     columns = []
-    for spec, factory in factories.items():
-        demonstrate = demonstrator(factory)
-        if demonstrate is None:
-            continue
+    for spec, count in counts.items():
+        factory, demonstrate = factories[spec], demonstrator(factories[spec])
 
         def show(seed: int, factory=factory, demonstrate=demonstrate):
             async def attempt() -> Episode:
@@ -257,20 +281,31 @@ def demonstrations(chat: Chat, factories: dict, config: Config, count: int, star
             wanted = [next_seed(factory, cursor, spec) for _ in range(count - len(column))]
             column += [e for e in play([show(seed) for seed in wanted], 64) if keep(e)]
         columns.append(column)
-    return [episode for row in zip(*columns) for episode in row]
+    places = [(i / len(column), number, i) for number, column in enumerate(columns) for i in range(len(column))]
+    return [columns[number][i] for _, number, i in sorted(places)]
+
+
+def shares(chat: Chat, factories: dict, config: Config) -> dict[str, float]:
+    """How often to show each environment that has a demonstrator: the less, the longer its messages are, for they teach more each."""
+    weights = {}
+    for spec in (spec for spec, factory in factories.items() if demonstrator(factory)):
+        shown = demonstrations(chat, factories, config, {spec: 20}, start=0)
+        weights[spec] = sum(sum(s.sampled) for e in shown for s in e.segments) ** -0.5
+    return {spec: weight / sum(weights.values()) for spec, weight in weights.items()}
 
 
 def imitate(model, optimizer, chat: Chat, factories: dict, config: Config, keep=lambda episode: True, seconds: float = math.inf) -> None:
     """Make the demonstrators' messages likelier, right ones and wrong ones: the policy gradient with advantage 1 for all."""
-    count = min(config.warmup_steps * WARM_BATCH, MOST_DEMONSTRATIONS) // len(factories)
-    shown = demonstrations(chat, factories, config, count, start=(config.seed + 1) * 10**9, keep=keep)
+    most = min(config.warmup_updates * WARM_BATCH, MOST_DEMONSTRATIONS)
+    counts = {spec: round(most * share) for spec, share in shares(chat, factories, config).items()}
+    shown = demonstrations(chat, factories, config, counts, start=(config.seed + 1) * 10**9, keep=keep)
     if not shown:
         print("no demonstrators beside these environments: no warm start")
         return
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0, entropy_coef=0.0, tis_cap=None)
     print(f"warm start: {len(shown)} demonstrations, {sum(e.success for e in shown) / len(shown):.0%} of them right")
     began = time.perf_counter()
-    for step in tqdm(range(1, config.warmup_steps + 1), desc="warm start", leave=False):
+    for step in tqdm(range(1, config.warmup_updates + 1), desc="warm start", leave=False):
         batch = [shown[((step - 1) * WARM_BATCH + i) % len(shown)] for i in range(WARM_BATCH)]
         rows = [row for i, e in enumerate(batch) for row in episode_rows(e, i, [1.0] * e.turns)]
         set_lr(optimizer, config, step)
@@ -315,10 +350,10 @@ class Optimizer:
 
 def set_lr(optimizer, config: Config, number: int) -> None:
     """Learning rate of update `number`: 20 steps up, down to LOOP_RATE of the peak over the warm start, and from there to 0."""
-    if number <= config.warmup_steps:
-        share = min(1.0, number / 20) * (1 - (1 - LOOP_RATE) * number / config.warmup_steps)
+    if number <= config.warmup_updates:
+        share = min(1.0, number / 20) * (1 - (1 - LOOP_RATE) * number / config.warmup_updates)
     else:
-        share = LOOP_RATE * (1 - (number - config.warmup_steps - 1) / config.steps)
+        share = LOOP_RATE * (1 - (number - config.warmup_updates - 1) / config.updates)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * share
 
@@ -348,7 +383,8 @@ def learn_tokenizer(factories: dict, config: Config):
     spell = Chat(small_tokenizer([]))
     wide = replace(config, context=10**6, max_new_tokens=10**5)
     texts = [spell.tokenizer.decode(s.ids, skip_special_tokens=True)
-             for e in demonstrations(spell, factories, wide, 300, start=0) for s in e.segments]
+             for e in demonstrations(spell, factories, wide, {spec: 300 for spec in factories if demonstrator(factories[spec])}, start=0)
+             for s in e.segments]
     for factory in factories.values():
         env = factory()
         for seed in islice(seeds(factory, evaluation=False), 50):

@@ -56,45 +56,52 @@ def solve_lookup(task):
     yield here
 
 
-STEP = {"up": (-1, 0), "left": (0, -1), "down": (1, 0), "right": (0, 1)}
-
-
 def read_map(task):
-    """The cells without a wall, S and G, and the moves that are granted."""
-    rows = [line.split(" ") for line in task.split("\n")[1:]]
-    marks = {(r, c): mark for r, row in enumerate(rows) for c, mark in enumerate(row)}
-    start, goal = (next(cell for cell, x in marks.items() if x == mark) for mark in "SG")
-    return {cell for cell, x in marks.items() if x != "#"}, start, goal, int(re.search(r"in (\d+) moves", task)[1])
+    """The cells without a wall, start, goal, and the moves that are granted. Cells are (row, column) here, unlike in env.py."""
+    start, goal, moves = re.search(r"from (\w\d) to (\w\d) in (\d+) moves", task).groups()
+    rows = [re.findall("..", line) for line in task.split("\n")[1:]]
+    free = {(r, c) for r, row in enumerate(rows) for c, text in enumerate(row) if text != "##"}
+    assert all(rows[r][c] == name((r, c)) for r, c in free), "each cell bears its name"
+    return free, place(start), place(goal), int(moves)
 
 
-def after(cell, direction):
-    return cell[0] + STEP[direction][0], cell[1] + STEP[direction][1]
+def name(cell):
+    return "ABCDEFGHI"[cell[0]] + str(cell[1] + 1)
+
+
+def place(text):
+    return "ABCDEFGHI".index(text[0]), int(text[1]) - 1
+
+
+def around(cell):
+    return {(cell[0] + r, cell[1] + c) for r, c in ((-1, 0), (0, -1), (1, 0), (0, 1))}
 
 
 def shortest(free, start, goal):
     """Breadth first, backwards from the goal: the distance of each cell; then downhill."""
     distance, wave = {goal: 0}, {goal}
     while wave:
-        wave = {after(cell, d) for cell in wave for d in STEP} & free - set(distance)
+        wave = set().union(*map(around, wave)) & free - set(distance)
         distance |= dict.fromkeys(wave, max(distance.values()) + 1)
     way = []
     while start != goal:
-        way.append(next(d for d in STEP if distance.get(after(start, d), 99) < distance[start]))
-        start = after(start, way[-1])
+        start = next(x for x in around(start) if distance.get(x, 99) < distance[start])
+        way.append(start)
     return way
 
 
+def call_walk(way):
+    return format_call("walk", route=" ".join(map(name, way)))
+
+
 def solve_maze(task):
-    free, start, goal, _ = read_map(task)
-    for direction in shortest(free, start, goal):
-        yield format_call("move", direction=direction)
+    yield call_walk(shortest(*read_map(task)[:3]))
 
 
 def solve_chain(task):
-    roads = dict(re.findall(r"(\w+) leads to (\w+)\.", task))
-    here, times = re.search(r"Begin at (\w+) and go on (\d+) times", task).groups()
-    thought = [here := roads[here] for _ in range(int(times))]
-    yield f"<think>{' '.join(thought)}</think>{here}"
+    digit, steps = int(re.search(r"Begin with (\d)", task)[1]), re.findall(r"(add|times) (\d)", task)
+    thought = [digit := (digit + int(n) if word == "add" else digit * int(n)) % 10 for word, n in steps]
+    yield f"<think>{' '.join(map(str, thought))}</think>{digit}"
 
 
 def solve_recall(task):
@@ -118,8 +125,8 @@ def solve_mastermind(task):
 ORACLES = {"calculator": solve_calculator, "lookup": solve_lookup, "maze": solve_maze, "chain": solve_chain,
            "recall": solve_recall, "mastermind": solve_mastermind}
 TURNS = {  # how many messages the oracle writes, as the classes say
-    "calculator": lambda task: {2}, "lookup": lambda task: {4 if "river" in task else 3}, "maze": lambda task: {read_map(task)[3]},
-    "chain": lambda task: {1}, "recall": lambda task: {1 + 6 + 1 + 1}, "mastermind": lambda task: {1, 2, 3, 4}}
+    "calculator": lambda task: {2}, "lookup": lambda task: {4 if "river" in task else 3}, "maze": lambda task: {1},
+    "chain": lambda task: {1}, "recall": lambda task: {1 + 4 + 1 + 1}, "mastermind": lambda task: {1, 2, 3, 4}}
 FINISH = {"maze": "env_done", "mastermind": "env_done"}  # the others are answered
 
 
@@ -137,8 +144,8 @@ def test_every_task_can_be_solved_by_reading(name):
 
 DIFFICULTIES = [
     "calculator:digits=1", "calculator:digits=8", "lookup:hops=2", "lookup:people=2", "lookup:people=16,top=3", "maze:slack=3",
-    "maze:size=3,walls=1", "maze:size=3,walls=4", "maze:size=9,walls=1", "maze:size=9,walls=40", "chain:links=1", "chain:links=9",
-    "chain:names=48,links=47", "chain:think=0", "recall:pages=2", "recall:pages=20,lines=1", "recall:lines=50",
+    "maze:size=4,shortest=3", "maze:size=4,corridors=2,shortest=4", "maze:size=9,shortest=9", "chain:steps=2", "chain:steps=40",
+    "chain:think=0", "recall:pages=2", "recall:pages=20,lines=1", "recall:lines=50",
     "mastermind:digits=1,guesses=4", "mastermind:digits=9"]
 
 
@@ -159,8 +166,8 @@ def test_every_difficulty_can_be_solved(spec):
 
 
 @pytest.mark.parametrize("spec", [
-    "calculator:digits=0", "lookup:hops=4", "lookup:top=0", "lookup:people=17", "maze:size=2", "maze:size=10", "maze:walls=0",
-    "maze:walls=9", "maze:slack=-1", "chain:links=10", "chain:links=0", "chain:names=49", "recall:pages=1", "recall:pages=21",
+    "calculator:digits=0", "lookup:hops=4", "lookup:top=0", "lookup:people=17", "maze:size=3", "maze:size=10",
+    "maze:corridors=4", "maze:corridors=1", "maze:shortest=7", "maze:slack=-1", "chain:steps=1", "recall:pages=1", "recall:pages=21",
     "recall:lines=0", "recall:lines=51", "mastermind:digits=0", "mastermind:guesses=0"])
 def test_a_difficulty_that_cannot_be_is_one_clear_line(spec):
     """Walls without end looked for a way for ever; no digits at all were found out about in the middle of a run."""
@@ -196,36 +203,49 @@ def test_the_budget_of_the_maze_is_the_shortest_way_and_the_slack(slack):
     environment = make_env(f"maze:slack={slack}")()
     for seed in range(200):
         free, start, goal, moves = read_map(environment.reset(seed))
-        assert moves == len(shortest(free, start, goal)) + slack >= 3 + slack and len(free) == 16 - 5
+        assert moves == len(shortest(free, start, goal)) + slack >= 4 + slack
+
+
+def test_seen_from_the_goal_there_is_one_way_and_from_the_start_several():
+    """This is what makes the maze ask for planning: whoever thinks backwards needs no search, whoever sets out must guess."""
+    environment, corridors = make_env("maze")(), Counter()
+    for seed in range(200):
+        free, start, goal, _ = read_map(environment.reset(seed))
+        corridors[len(around(start) & free)] += 1
+        assert len(around(goal) & free) == 1 and all(len(around(x) & free) == 2 for x in shortest(free, start, goal)[:-1])
+    assert set(corridors) == {2, 3} and corridors[3] > 120, "two in the corners, and at some edges"
 
 
 def test_walls_do_not_let_through():
-    """Nor does the edge. A random walk, followed on the map by somebody else."""
+    """Nor does the edge, nor does a jump. A random walk, followed on the map by somebody else."""
     environment, random, bumps = make_env("maze:slack=9")(), Random(0), 0
     for seed in range(60):
         free, here, goal, moves = read_map(environment.reset(seed))
         while not environment.done:
-            there = after(here, direction := random.choice([*STEP]))
-            said, moves = environment.move(direction), moves - 1
-            assert ("wall" in said) == (there not in free) and (f"{moves} moves are left" in said) == (there != goal and there in free)
-            bumps, here = bumps + (there not in free), there if there in free else here
-            assert environment.get_reward() == (here == goal) == ("at the goal" in said) and str(here) in environment.state
-            assert environment.done == (here == goal or moves == 0)
+            there = random.choice([*around(here), random.choice([*free])])
+            if min(there) < 0 or max(there) > 5:
+                continue
+            said, moves, fine = environment.walk(name(there)), moves - 1, there in free and there in around(here)
+            assert said == (f"You are at {name(there)}." if fine else f"There is no way from {name(here)} to {name(there)}.") + (
+                f" {moves} moves are left.")
+            bumps, here = bumps + (not fine), there if fine else here
+            assert environment.get_reward() == (here == goal) and name(here) in environment.state
+            assert environment.done == (here == goal or moves < len(shortest(free, here, goal)))
     assert bumps > 100, "else this tests nothing"
 
 
 def test_no_move_after_the_last_one():
-    """Calls of one message run without a look at `done` between them: there, a walk could go on until it was at the goal."""
-    opposite, environment = {"up": "down", "down": "up", "left": "right", "right": "left"}, make_env("maze")()
+    """Steps of one route, and calls of one message, run without a look at `done` between them: a walk could go on to the goal."""
+    environment = make_env("maze")()
     for seed in range(40):
         free, start, goal, moves = read_map(environment.reset(seed))
         way = shortest(free, start, goal)
-        detour = "".join(format_call("move", direction=d) for d in [way[0], opposite[way[0]], *way])
-        episode = play((environment, seed), [detour])
-        assert (episode.reward, episode.tool_errors, episode.finish) == (0, 2, "env_done")
-        on = "".join(format_call("move", direction=d) for d in [*way, opposite[way[-1]]])
-        episode = play((environment, seed), [on])
+        episode = play((environment, seed), [call_walk([way[0], start, *way])])
+        assert (episode.reward, episode.tool_errors, episode.finish) == (0, 1, "env_done"), "the second step is one too many"
+        episode = play((environment, seed), [call_walk(way) + call_walk([way[-2], goal])])
         assert (episode.reward, episode.tool_errors, episode.finish) == (1, 1, "env_done"), "nor is the goal left again"
+        episode = play((environment, seed), [call_walk(way[:2]), call_walk(way[2:])])
+        assert (episode.reward, episode.turns) == (1, 2), "the way may be walked in parts"
 
 
 def test_no_guess_after_the_last_one():
@@ -235,46 +255,49 @@ def test_no_guess_after_the_last_one():
         environment.reset(seed)
         right, wrong = environment._code, f"{(int(environment._code) + 1) % 10**4:04}"
         guesses = {code: format_call("guess", code=code) for code in (right, wrong, "12", "12345", "abcd", "１２３４", "-123")}
-        episode = play((environment, seed), [guesses[wrong] * 5 + guesses[right]])
+        episode = play((environment, seed), [guesses[wrong] * 4 + guesses[right]])
         assert (episode.reward, episode.tool_errors, episode.finish) == (0, 1, "env_done")
         no_codes = "".join(guesses[code] for code in guesses if code not in (right, wrong))
-        episode = play((environment, seed), [no_codes, guesses[wrong] * 4 + guesses[right] + guesses[wrong]])
+        episode = play((environment, seed), [no_codes, guesses[wrong] * 3 + guesses[right] + guesses[wrong]])
         assert (episode.reward, episode.tool_errors, episode.finish) == (1, 6, "env_done")
-        assert episode.behaviour["guesses"] == 5
+        assert episode.behaviour["guesses"] == 4
 
 
 def test_the_number_of_a_safe_says_nothing_about_its_code():
-    """A code that can be computed from the task can be remembered, or known: here each digit is as likely in every safe."""
-    environment, codes = make_env("mastermind")(), []
+    """A code that can be computed from the task can be remembered, or known: here each digit is as likely in every safe.
+
+    And all numbers are of one length: with the seed for a number, demonstrations (of large seeds) were of no use for small ones.
+    """
+    environment, codes, numbers = make_env("mastermind")(), [], []
     for seed in range(2000):
-        environment.reset(seed)
+        numbers.append(re.match(r"Safe (\d{6}) has", environment.reset(seed))[1])
         codes.append(environment._code)
     for place in range(4):
         assert all(150 < count < 250 for count in Counter(code[place] for code in codes).values())
-        for other in range(4):
-            same = sum(code[place] == f"{seed:04}"[other] for seed, code in enumerate(codes))
+        for other in range(6):
+            same = sum(code[place] == number[other] for number, code in zip(numbers, codes))
             assert 150 < same < 250, "as many as by chance"
-    assert len(set(codes)) > 1700
+    assert len(set(codes)) > 1700 and len(set(numbers)) > 1990
 
 
 def test_the_answer_of_chain_is_not_found_without_following_it():
-    """Nor at the end of the first link, nor wherever a lazy eye falls: the first road of the text, the last one."""
+    """Nor is it a digit of the text, wherever a lazy eye falls, more often than chance has it; and every step counts."""
     environment, right = make_env("chain")(), Counter()
-    for seed in range(400):
+    for seed in range(1000):
         task = environment.reset(seed)
-        roads = dict(re.findall(r"(\w+) leads to (\w+)\.", task))
-        start = re.search(r"Begin at (\w+)", task)[1]
-        assert len(roads) == len({*roads, *roads.values()}) == 10, "a ring: every place has one way in and one way out"
-        assert environment._answer not in (start, roads[start])
-        ends = list(roads.values())
-        right += Counter(where for where, x in enumerate(ends) if x == environment._answer)
-        right["behind the start"] += ends[(list(roads).index(start) + 1) % 10] == environment._answer
-    assert len(right) == 11 and max(right.values()) < 80, "by chance, each is right 40 times"
+        right += Counter(where for where, digit in enumerate(re.findall(r"\d", task)) if digit == environment._answer)
+        right["the commonest"] += environment._answer == "0"
+        for left_out in range(6):
+            words = task.split(", ")
+            del words[1 + left_out]
+            without = next(solve_chain(", ".join(words)))[-1]
+            right["without a step"] += (without == environment._answer) / 6
+    assert len(right) == 9 and max(right.values()) < 200, "by chance, each is right 100 times; times 3 leaves 0 and 5 as they are"
 
 
 def read_book(environment, seed):
     environment.reset(seed)
-    pages = [environment.next_page() for _ in range(7)]
+    pages = [environment.next_page() for _ in range(5)]
     return pages[:-1], re.fullmatch(r"That was the last page\. Where does (\w+ \w+) live\?", pages[-1])[1]
 
 
@@ -284,13 +307,13 @@ def test_recall_asks_about_one_line_of_the_first_half():
     for seed in range(200):
         pages, person = read_book(environment, seed)
         facts = [re.findall(r"(\w+ \w+) lives in (\w+)\.", page) for page in pages]
-        assert [len(x) for x in facts] == [1] * 6 and all(page.count(".") == 3 for page in pages)
+        assert [len(x) for x in facts] == [1] * 4 and all(page.count(".") == 2 for page in pages)
         people, homes = zip(*(x[0] for x in facts))
-        assert len(set(people)) == len(set(homes)) == 6
+        assert len(set(people)) == len(set(homes)) == 4
         assert homes[people.index(person)] == environment._answer
         asked_of[people.index(person)] += 1
         assert environment.next_page() == environment.next_page(), "the question can be read again"
-    assert set(asked_of) == {0, 1, 2} and min(asked_of.values()) > 40
+    assert set(asked_of) == {0, 1} and min(asked_of.values()) > 60
 
 
 # ---- what can be switched off, to see what it is good for ----
@@ -300,20 +323,20 @@ def test_without_its_map_the_maze_is_the_same_but_unknown():
     """And its tasks are told apart by a number: by their text alone there were seven, and none of them was held out."""
     with_map, without = make_env("maze")(), make_env("maze:map=0")()
     for seed in range(30):
-        way = perform(with_map, seed, solve_maze)
+        (way,) = perform(with_map, seed, solve_maze)
         task = without.reset(seed)
-        assert task == f"Walk from S to G in {len(way)} moves. There is no map. (Maze {seed})"
-        assert play((without, seed), way).reward == 1
+        assert re.fullmatch(r"Walk from \w\d to \w\d in [4-6] moves\. There is no map\. \(Maze \d{6}\)", task)
+        assert play((without, seed), [way]).reward == 1
 
 
-def test_without_thinking_the_demonstrator_of_chain_shows_none():
-    """Whether a policy finds out about thinking by itself is a question only if nobody shows it."""
-    for think, words in ((0, {0}), (1, {0, 4, 5})):
+def test_without_thinking_the_demonstrator_of_chain_answers_the_same():
+    """Were its answers worse, too, what a policy cannot learn from it would not be for want of thinking."""
+    for think, words in ((0, {0}), (1, {0, 10, 12})):
         factory = make_env(f"chain:think={think}")
         said = [play((environment, seed), demonstrator(factory)(environment, Random(seed)))
-                for environment in [factory()] for seed in range(60) if environment.reset(seed)]
+                for environment in [factory()] for seed in range(120) if environment.reset(seed)]
         assert {e.thinking for e in said} == words
-        assert any(e.success for e in said) == think, "a guess at once is wrong"
+        assert 24 < sum(e.success for e in said) < 54, "and it answers no worse"
 
 
 def test_without_notes_recall_finds_nothing():
@@ -325,6 +348,19 @@ def test_without_notes_recall_finds_nothing():
         assert environment.recall("Ben") == "no note matches"
         environment.reset(0)
         assert environment.recall("Ada") == "no note matches", "notes of the last episode"
+
+
+def test_without_its_tool_calculator_and_without_answers_lookup_say_nothing():
+    """And their demonstrators show the same messages as ever, the result coming from nowhere."""
+    for spec, silent in (("calculator:tool=0", "out of order"), ("lookup:open=0", "closed")):
+        name, environment = spec.partition(":")[0], make_env(spec)()
+        for seed in range(20):
+            task = environment.reset(seed)
+            assert task == make_env(name)().reset(seed)
+            said = getattr(environment, "search" if name == "lookup" else "calculator")("1 + 1")
+            assert said == silent
+            whole = [list(demonstrator(make_env(s))(e, Random(seed))) for s in (spec, name) for e in [make_env(s)()] if e.reset(seed)]
+            assert whole[0] == whole[1]
 
 
 def test_without_feedback_the_safe_says_nothing_about_digits():
@@ -380,7 +416,8 @@ def test_demonstrators_are_wrong_on_purpose(name):
         episodes.append(play((environment, seed), demonstrate(environment, Random(seed))))
     assert all(e.finish == FINISH.get(name, "answered") and e.tool_errors == 0 for e in episodes), "it speaks the language of calls"
     assert 0.2 < sum(e.success for e in episodes) / 300 < 0.5
-    assert all(e.tool_calls or e.thinking for e in episodes if e.success), "and no luck is involved in its successes"
+    if name != "chain":  # where a digit may be right by luck
+        assert all(e.tool_calls or e.thinking for e in episodes if e.success), "and no luck is involved in its successes"
 
 
 def courses(demonstrate, environment, seed):
@@ -413,7 +450,7 @@ def test_the_likeliest_behaviour_of_a_demonstrator_fails(name):
 
 CALL = {
     "calculator": format_call("calculator", expression="1 + 1"), "lookup": format_call("search", query="river"),
-    "maze": format_call("move", direction="right"), "chain": format_call("final_answer", answer="Oak"),
+    "maze": format_call("walk", route="B2 B3"), "chain": format_call("final_answer", answer="twelve"),
     "recall": format_call("next_page"), "mastermind": format_call("guess", code="5555")}
 DEGENERATE = {
     "format only": lambda name, task: "<think>Let me think.</think>\n<tool_call>\n{}\n</tool_call>",
@@ -433,25 +470,26 @@ def test_contract_10_degenerate_policies_score_below_an_honest_one(name, policy)
     for seed in range(20):
         environment = factory()
         total += play((environment, seed), itertools.repeat(DEGENERATE[policy](name, environment.reset(seed))), max_turns=10).reward
-    assert total / 20 <= 0.05, "an honest one scores 1"
+    assert total / 20 <= (0.2 if name == "chain" else 0.05), "an honest one scores 1; one digit in ten is right by luck"
 
 
-def walk(choose):
-    """A walker: of the map it uses where it is, where the goal is, and what `choose` makes of the walls around."""
+def walker(choose):
+    """Goes step by step: of the map it uses where it is, where the goal is, and what `choose` makes of the cells around."""
 
     def policy(task, random):
         free, here, goal, _ = read_map(task)
+        before = None
         while True:
-            far = {d: abs(goal[0] - after(here, d)[0]) + abs(goal[1] - after(here, d)[1]) for d in STEP}
-            direction = choose(random, far, [d for d in STEP if after(here, d) in free])
-            here = after(here, direction) if after(here, direction) in free else here
-            yield format_call("move", direction=direction)
+            far = {x: abs(goal[0] - x[0]) + abs(goal[1] - x[1]) for x in around(here)}
+            there = choose(random, far, sorted(around(here) & free - {before}) or [before])
+            before, here = (here, there) if there in free else (before, here)
+            yield call_walk([there]) if min(there) >= 0 and max(there) < 6 else format_call("walk", route="Z9")
 
     return policy
 
 
-def nearest(random, far, directions):
-    return min(random.sample(directions, len(directions)), key=far.get)
+def nearest(random, far, cells):
+    return min(random.sample(cells, len(cells)), key=far.get)
 
 
 def turn_pages(task, random):
@@ -463,16 +501,21 @@ def turn_pages(task, random):
     yield towns[-1]
 
 
+def answer_at_once(task, random):
+    yield random.choice("0123456789")
+
+
 def guess_at_random(task, random):
     while True:
         yield format_call("guess", code=f"{random.randrange(10**4):04}")
 
 
 LAZY = {  # environment, policy, and what it may score
-    "towards the goal": ("maze", walk(lambda random, far, free: nearest(random, far, [*STEP])), 0.5),
-    "towards the goal, around walls": ("maze", walk(nearest), 0.5),
-    "any open way": ("maze", walk(lambda random, far, free: random.choice(free)), 0.5),
-    "any way": ("maze", walk(lambda random, far, free: random.choice([*STEP])), 0.5),
+    "towards the goal": ("maze", walker(lambda random, far, free: nearest(random, far, [*far])), 0.1),
+    "towards the goal, around walls": ("maze", walker(nearest), 0.5),
+    "any open way": ("maze", walker(lambda random, far, free: random.choice(free)), 0.5),
+    "any way": ("maze", walker(lambda random, far, free: random.choice([*far])), 0.1),
+    "a digit at once": ("chain", answer_at_once, 0.25),
     "the last town seen": ("recall", turn_pages, 0.05),
     "random guesses": ("mastermind", guess_at_random, 0.05),
 }
@@ -530,20 +573,20 @@ def test_behaviour_counts_what_was_done():
 def test_behaviour_of_the_later_ones():
     environment = make_env("maze:slack=2")()
     free, start, goal, _ = read_map(environment.reset(0))
-    wall = next(d for d in STEP if after(start, d) not in free)
-    for direction in (wall, *shortest(free, start, goal)):
-        environment.move(direction)
+    for way in ([goal], shortest(free, start, goal)):
+        environment.walk(" ".join(map(name, way)))
     assert environment.behaviour == {"moves over the shortest": 1, "bumps": 1}
     environment = make_env("chain")()
-    for links, given in ((0, "nowhere"), (5, None), (2, None)):
-        environment.reset(0)
-        environment.final_answer(given or environment._way[links])
-        assert environment.behaviour == {"right links": links}
+    for step, given in ((6, None), (0, "twelve"), (5, None)):
+        environment.reset(3)
+        assert len(set(environment._way[4:])) == 3
+        environment.final_answer(given or environment._way[step])
+        assert environment.behaviour == {"right steps": step}
     environment = make_env("recall")()
     fact = re.search(r"\w+ \w+ lives in \w+\.", read_book(environment, 0)[0][1])[0]
     environment.remember("It rained.")
     environment.remember(f"Note: {fact}")
-    assert environment.behaviour == {"pages": 6, "notes": 2, "useful notes": 1} and environment.state.startswith("7 | It rained.")
+    assert environment.behaviour == {"pages": 4, "notes": 2, "useful notes": 1} and environment.state.startswith("5 | It rained.")
     environment = make_env("mastermind")()
     environment.reset(0)
     code = environment._code
@@ -591,7 +634,7 @@ class Counter:
         return 0 if not self.done else 1 if self.value == self.want else 0.5 if self.value == self.want - 1 else 0
 '''
 FAIL = {  # messages that fail, whatever the task
-    "calculator": ["-1"], "maze": [format_call("move", direction="right") * 12], "mastermind": [format_call("guess", code="5555")] * 5,
+    "calculator": ["-1"], "maze": [format_call("walk", route="Z9")], "mastermind": [format_call("guess", code="5555")] * 4,
     "lookup": [format_call("search", query="river"), "nowhere"], "chain": ["nowhere"],
     "recall": [format_call("next_page"), "nowhere"]}
 LESSON = format_call("lesson", text="Look twice.")

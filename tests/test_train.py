@@ -3,6 +3,7 @@
 Everything runs as a command in a folder of its own, at a size of seconds; the learning test takes about a minute.
 """
 
+import asyncio
 import copy
 import doctest
 import importlib
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 import train
 from rollout import small_model
+from tools import format_call
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["agent", "env", "tools", "memory", "rollout", "grpo", "kernels", "train"]
@@ -69,7 +71,8 @@ def lines(path):
 
 def test_a_run_leaves_what_the_readme_promises(finished):
     run = finished[0] / "runs" / "whole"
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "episodes.jsonl", "metrics.jsonl", "model", "run.json", "summary.json"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "episodes.jsonl", "metrics.jsonl", "model", "run.json",
+                                                     "scores.json", "summary.json"]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000000", "step-000002", "step-000004"]
     metrics = lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
@@ -78,6 +81,8 @@ def test_a_run_leaves_what_the_readme_promises(finished):
               "behaviour/calculator:digits=1/calls"}
     assert wanted <= set(metrics[0])
     summary = json.loads((run / "summary.json").read_text())
+    scores = json.loads((run / "scores.json").read_text())["after"]["calculator:digits=1"]["sampled"]
+    assert len(scores) == 4 and sum(scores) / 4 == summary["environments"]["calculator:digits=1"]["after"]
     assert set(summary["environments"]["calculator:digits=1"]) == {"before", "after", "before_greedy", "after_greedy", "ci_after", "tasks"}
 
 
@@ -239,6 +244,30 @@ def test_the_readmes_own_tool_and_environment_work(tmp_path, here):
 
 
 # ---- learning ----
+
+
+def test_recall_cannot_be_answered_from_the_window_of_the_default_run():
+    """Even if nothing is noted, so that more pages fit: else what is learned there would not be memory."""
+    config = train.Config(env=["recall"])
+    factories = train.make_envs(config)
+    chat = train.Chat(train.learn_tokenizer(factories, config))
+    for seed in range(50):
+        environment = factories["recall"]()
+        environment.reset(seed)
+        fact = next(fact for fact in environment._facts if fact.startswith(environment._person))
+        script = [format_call("next_page")] * 5 + ["I do not know."]
+        agent = train.Agent(train.Script(chat, script), chat, max_turns=config.max_turns, max_new_tokens=config.max_new_tokens,
+                            context=config.context)
+        episode = asyncio.run(agent.run(environment, seed))
+        seen = [chat.tokenizer.decode(segment.ids) for segment in episode.segments]
+        assert any(fact in text for text in seen[:-1]) and fact not in seen[-1] and "Where does" in seen[-1]
+
+
+def test_the_tasks_of_a_step_go_where_attempts_fail():
+    """And to every environment one, else what is forgotten would not be noticed."""
+    assert train.share_out({"a": 1.0, "b": 1.0, "c": 0.0}, 6) == ["a", "b", *"cccc"]
+    assert train.share_out({"a": 0.0, "b": 0.0}, 4) == ["a", "a", "b", "b"] and train.share_out({"a": 1.0, "b": 0.2}, 1) == ["b"]
+
 
 
 def test_a_run_of_a_minute_learns(tmp_path):
