@@ -5,8 +5,8 @@ attempt. Nothing here knows of tokens or models. Each of the six here asks for o
 
     calculator   tool use: arithmetic too large for the head
     lookup       multi-turn interaction: a question whose answer is two or three look-ups away
-    maze         planning: a way through walls in hardly more moves than the shortest has
-    chain        reasoning: more links to follow than a model can see through without thinking aloud
+    maze         planning: of several corridors the one that leads to the goal, without a move to waste
+    chain        reasoning: a program of more steps than a model can execute without thinking aloud
     recall       memory: a question about a page that has left the context window
     mastermind   self-reflection: a code to find by correcting one's own guesses
 
@@ -249,11 +249,12 @@ def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # maze
 
+
 class Maze:
     """Planning. A map is shown once: corridors lead away from the start, one of them to the goal, and every move counts.
 
     Seen from the start one corridor is like another; seen from the goal there is only one way back. Who always steps to a cell
-    that is nearer the goal (`towards`) fails on every map. The oracle needs one turn, the way being 4 to 6 moves long.
+    that is nearer the goal (`towards`) fails on every map. Of 20,000 seeds 14,226 maps differ. The oracle needs one turn, the way being 4 to 6 moves long.
     `map=0`: the map is not shown (what is left without planning).
     """
 

@@ -42,7 +42,7 @@ from tools import schema, tools_of
 
 RUNS = Path("runs")
 WARM_BATCH = 32  # demonstrations per update of the warm start
-LOOP_RATE = 0.08  # learning rate where the loop begins, in peaks: imitation can take large steps, noisy rewards cannot
+LOOP_RATE = 0.12  # learning rate where the loop begins, in peaks: imitation can take large steps, noisy rewards cannot
 MOST_DEMONSTRATIONS = 15000  # distinct ones; beyond that they are shown again
 
 
