@@ -382,9 +382,9 @@ def learn_tokenizer(factories: dict, config: Config):
     """A small tokenizer learned from what the environments and their demonstrators say, read byte by byte."""
     spell = Chat(small_tokenizer([]))
     wide = replace(config, context=10**6, max_new_tokens=10**5)
+    counts = {spec: 300 for spec, factory in factories.items() if demonstrator(factory)}
     texts = [spell.tokenizer.decode(s.ids, skip_special_tokens=True)
-             for e in demonstrations(spell, factories, wide, {spec: 300 for spec in factories if demonstrator(factories[spec])}, start=0)
-             for s in e.segments]
+             for e in demonstrations(spell, factories, wide, counts, start=0) for s in e.segments]
     for factory in factories.values():
         env = factory()
         for seed in islice(seeds(factory, evaluation=False), 50):
