@@ -42,7 +42,6 @@ from tools import schema, tools_of
 
 RUNS = Path("runs")
 WARM_BATCH = 32  # demonstrations per update of the warm start
-LOOP_RATE = 0.12  # learning rate where the loop begins, in peaks: imitation can take large steps, noisy rewards cannot
 MOST_DEMONSTRATIONS = 15000  # distinct ones; beyond that they are shown again
 
 
@@ -61,8 +60,9 @@ class Config(GRPOConfig):
     steps: int = option(14, "updates by reinforcement learning, times the number of environments")
     tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
-    lr: float = option(6e-3, "learning rate at its peak, early in the warm start")
+    lr: float = option(3e-4, "learning rate of these updates; it falls to 0")
     warmup_steps: int = option(120, "updates by imitation before that, times the number of environments")
+    warmup_lr: float = option(6e-3, "learning rate at the peak of those; it falls to a tenth")
     max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int = option(448, "tokens in one segment: prompt, messages and observations")
@@ -99,7 +99,7 @@ def train(config: Config) -> None:
     if checkpoint is None:  # only now: bad input leaves no folder behind
         run.mkdir(parents=True)
         (run / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
-    optimizer = Optimizer(model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
           f"environments {', '.join(factories)}")
 
@@ -108,7 +108,7 @@ def train(config: Config) -> None:
 
     if checkpoint is None:
         clock.start("warm start")
-        imitate(model, optimizer, chat, factories, config)
+        imitate(model, chat, factories, config)
         clock.start("evaluation")
         state = {"step": 0, "tokens": 0, "success": dict.fromkeys(factories, 0.0),
                  "cursor": {spec: (config.seed + 1) * 10**6 for spec in factories}, "before": evaluate(engine, chat, factories, config)}
@@ -135,7 +135,7 @@ def train(config: Config) -> None:
 
         clock.start("update")
         rows, advantages, signal_report = make_rows(episodes, config)
-        set_lr(optimizer, config, config.warmup_updates + step)
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - (step - 1) / config.updates)
         report = update(model, optimizer, rows, config, config.temperature, reference)
 
         clock.start("log")
@@ -294,7 +294,7 @@ def shares(chat: Chat, factories: dict, config: Config) -> dict[str, float]:
     return {spec: weight / sum(weights.values()) for spec, weight in weights.items()}
 
 
-def imitate(model, optimizer, chat: Chat, factories: dict, config: Config, keep=lambda episode: True, seconds: float = math.inf) -> None:
+def imitate(model, chat: Chat, factories: dict, config: Config, keep=lambda episode: True, seconds: float = math.inf) -> None:
     """Make the demonstrators' messages likelier, right ones and wrong ones: the policy gradient with advantage 1 for all."""
     most = min(config.warmup_updates * WARM_BATCH, MOST_DEMONSTRATIONS)
     counts = {spec: round(most * share) for spec, share in shares(chat, factories, config).items()}
@@ -304,11 +304,11 @@ def imitate(model, optimizer, chat: Chat, factories: dict, config: Config, keep=
         return
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0, entropy_coef=0.0, tis_cap=None)
     print(f"warm start: {len(shown)} demonstrations, {sum(e.success for e in shown) / len(shown):.0%} of them right")
-    began = time.perf_counter()
+    optimizer, began = Imitator(model, config), time.perf_counter()
     for step in tqdm(range(1, config.warmup_updates + 1), desc="warm start", leave=False):
         batch = [shown[((step - 1) * WARM_BATCH + i) % len(shown)] for i in range(WARM_BATCH)]
         rows = [row for i, e in enumerate(batch) for row in episode_rows(e, i, [1.0] * e.turns)]
-        set_lr(optimizer, config, step)
+        optimizer.set_lr(step)
         report = update(model, optimizer, rows, options)
         if step % 100 == 0:
             tqdm.write(f"warm start {step}: {report['loss']:.3f} nats per token, entropy {report['entropy']:.3f}")
@@ -316,20 +316,28 @@ def imitate(model, optimizer, chat: Chat, factories: dict, config: Config, keep=
             return
 
 
-class Optimizer:
-    """AdamW. For the small model, whose weights begin random, Muon on the layers' matrices: it learns to copy in a third of the steps.
+class Imitator:
+    """The optimizer of the warm start. For the small model, whose weights begin random, Muon on the layers' matrices: it learns to
+    copy in a third of the steps. For all else, and in the loop, AdamW: rewards are noise for the most part, and Muon steps as far
+    along the noise as along the signal.
 
     Both take the same learning rate: Muon's steps are scaled to the size of Adam's (arXiv 2502.16982).
     """
 
     def __init__(self, model, config: Config):
+        self.config = config
         matrices = [] if config.model else [p for p in model.base_model.layers.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
-        self.parts = [torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)]
+        self.parts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)]
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+            self.parts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+
+    def set_lr(self, step: int) -> None:
+        """20 steps up to the peak, down to a tenth of it."""
+        share = min(1.0, step / 20) * (1 - 0.9 * step / self.config.warmup_updates)
+        for group in (group for part in self.parts for group in part.param_groups):
+            group["lr"] = self.config.warmup_lr * share
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts:
@@ -338,24 +346,6 @@ class Optimizer:
     def step(self) -> None:
         for part in self.parts:
             part.step()
-
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]  # loading makes new ones
-
-
-def set_lr(optimizer, config: Config, number: int) -> None:
-    """Learning rate of update `number`: 20 steps up, down to LOOP_RATE of the peak over the warm start, and from there to 0."""
-    if number <= config.warmup_updates:
-        share = min(1.0, number / 20) * (1 - (1 - LOOP_RATE) * number / config.warmup_updates)
-    else:
-        share = LOOP_RATE * (1 - (number - config.warmup_updates - 1) / config.updates)
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * share
 
 
 # ----------------------------------------------------------------------------------------------------------------------

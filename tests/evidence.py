@@ -19,8 +19,6 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-import torch
-
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from test_tasks import ORACLES, around, call_walk, perform, play, read_map  # noqa: E402
 
@@ -96,12 +94,10 @@ def imitate_right_ones(run: Path) -> dict:
     factories, checkpoint = train.make_envs(config), run / "checkpoints" / "step-000000"
     model, tokenizer = train.load_model(config, factories, checkpoint)
     chat, engine = train.make_engine(model, tokenizer, config)
-    optimizer = train.Optimizer(model, config)
-    optimizer.load_state_dict(torch.load(checkpoint / "trainer.pt", weights_only=True)["optimizer"])
     # As many updates as the time should allow, so that the learning rate comes down.
     seconds = spent["rollouts"] + spent["update"]
     options = replace(config, warmup_steps=max(1, int(config.warmup_steps * seconds / spent["warm start"])), seed=config.seed + 1000)
-    train.imitate(model, optimizer, chat, factories, options, keep=lambda episode: episode.success, seconds=seconds)
+    train.imitate(model, chat, factories, options, keep=lambda episode: episode.success, seconds=seconds)
     scores = train.evaluate(engine, chat, factories, config)
     (run / "imitation.json").write_text(json.dumps(scores))
     return scores

@@ -4,7 +4,6 @@ Everything runs as a command in a folder of its own, at a size of seconds; the l
 """
 
 import asyncio
-import copy
 import doctest
 import importlib
 import json
@@ -109,32 +108,30 @@ def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished, 
 # ---- the optimizer ----
 
 
-def test_the_optimizer_moves_every_weight_once_and_comes_back_from_its_state():
+def test_the_warm_start_s_optimizer_moves_every_weight_once():
     """Muon has the layers' matrices, AdamW the rest, and each weight is in exactly one; a given model is AdamW's alone."""
-    def moved(model, optimizer):
-        before = [p.clone() for p in model.parameters()]
-        model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return [bool((a != b).any()) for a, b in zip(before, model.parameters())]
-
     model = small_model(32)
-    optimizer = train.Optimizer(model, train.Config())
+    optimizer = train.Imitator(model, train.Config())
     owned = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
     assert len({id(p) for p in owned}) == len(owned) == len(list(model.parameters()))
     assert {p.ndim for group in optimizer.parts[1].param_groups for p in group["params"]} == {2}
-    assert all(moved(model, optimizer)) and all(p.grad is None for p in model.parameters())
 
-    twin = small_model(32)
-    twin.load_state_dict(model.state_dict())
-    other = train.Optimizer(twin, train.Config())
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # or both would share their averages
-    for o in (optimizer, other):
-        for group in o.param_groups:
-            group["lr"] = 1e-3
-    moved(model, optimizer), moved(twin, other)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
-    assert len(train.Optimizer(model, train.Config(model="some/model")).parts) == 1
+    before = [p.clone() for p in model.parameters()]
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    optimizer.set_lr(20)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all((a != b).any() for a, b in zip(before, model.parameters())) and all(p.grad is None for p in model.parameters())
+    assert len(train.Imitator(model, train.Config(model="some/model")).parts) == 1
+
+
+def test_the_warm_start_s_learning_rate_rises_for_twenty_steps_and_falls_to_a_tenth():
+    config = train.Config(env=["calculator"], warmup_steps=200)
+    optimizer, rates = train.Imitator(small_model(32), config), []
+    for step in (1, 20, 200):
+        optimizer.set_lr(step)
+        rates.append({group["lr"] for part in optimizer.parts for group in part.param_groups})
+    assert rates == [{pytest.approx(6e-3 * share)} for share in (0.05 * 0.9955, 0.91, 0.1)]
 
 
 # ---- going on ----
