@@ -43,6 +43,7 @@ from tools import schema, tools_of
 RUNS = Path("runs")
 WARM_BATCH = 32  # demonstrations per update of the warm start
 MOST_DEMONSTRATIONS = 15000  # distinct ones; beyond that they are shown again
+EXTRA = {"maze": 2.5}  # environments shown more often than their messages are long: reading a map is learned late
 
 
 def option(default, text):
@@ -57,10 +58,10 @@ class Config(GRPOConfig):
     model: str = option("", "folder or hub id of a causal language model; empty: a small one is made here")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(14, "updates by reinforcement learning, times the number of environments")
+    steps: int = option(11, "updates by reinforcement learning, times the number of environments")
     tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
-    lr: float = option(3e-4, "learning rate of these updates; it falls to 0")
+    lr: float = option(2.5e-4, "learning rate of these updates; it falls to 0")
     warmup_steps: int = option(120, "updates by imitation before that, times the number of environments")
     warmup_lr: float = option(6e-3, "learning rate at the peak of those; it falls to a tenth")
     max_turns: int = option(10, "messages the model may write in an episode")
@@ -286,11 +287,14 @@ def demonstrations(chat: Chat, factories: dict, config: Config, counts: dict[str
 
 
 def shares(chat: Chat, factories: dict, config: Config) -> dict[str, float]:
-    """How often to show each environment that has a demonstrator: the less, the longer its messages are, for they teach more each."""
+    """How often to show each environment that has a demonstrator: the less, the longer its messages are, for they teach more each.
+
+    Of all demonstrations; EXTRA says which ones need more.
+    """
     weights = {}
     for spec in (spec for spec, factory in factories.items() if demonstrator(factory)):
         shown = demonstrations(chat, factories, config, {spec: 20}, start=0)
-        weights[spec] = sum(sum(s.sampled) for e in shown for s in e.segments) ** -0.5
+        weights[spec] = EXTRA.get(spec.partition(":")[0], 1.0) * sum(sum(s.sampled) for e in shown for s in e.segments) ** -0.5
     return {spec: weight / sum(weights.values()) for spec, weight in weights.items()}
 
 

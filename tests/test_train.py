@@ -130,8 +130,8 @@ def test_the_warm_start_s_learning_rate_rises_for_twenty_steps_and_falls_to_a_te
     optimizer, rates = train.Imitator(small_model(32), config), []
     for step in (1, 20, 200):
         optimizer.set_lr(step)
-        rates.append({group["lr"] for part in optimizer.parts for group in part.param_groups})
-    assert rates == [{pytest.approx(6e-3 * share)} for share in (0.05 * 0.9955, 0.91, 0.1)]
+        rates.append([group["lr"] / config.warmup_lr for part in optimizer.parts for group in part.param_groups])
+    assert rates == [pytest.approx([share, share]) for share in (0.05 * 0.9955, 0.91, 0.1)]
 
 
 # ---- going on ----

@@ -1,0 +1,202 @@
+"""A step of GRPO here and in TRL's GRPOTrainer: seconds and memory of each, on the same work, taking turns in one run.
+
+    pip install -r tests/requirements-peers.txt
+    python tests/bench_trl.py MODEL            # a folder with a chat model; it is trained in float32 on both sides
+    python tests/bench_trl.py MODEL --small    # 4 layers, 128 wide, random weights, with the tokenizer and vocabulary of MODEL
+
+A step: 4 tasks, 8 attempts each, 64 sampled tokens in every attempt, prompts that carry the schema of a tool, one update. Both
+sides get the same prompt tokens (asserted), AdamW, no KL term, no gradient checkpointing, and rewards that do not depend on what
+was sampled: every group has signal; in a second race, named "half silent", two of the four groups have none. Each side lives in
+a process of its own, so that its peak memory is its own; the other one sleeps while it works. Sampling is not compared.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+TASKS, GROUP, TOKENS = 4, 8, 64
+QUESTIONS = [f"Who wrote the letter number {n} of the archive, and to whom was it sent?" for n in (17, 254, 391, 408)]
+
+
+def reward(number: int, silent: int) -> float:
+    """Of attempt `number`: half of a group succeeds, but for the groups that are silent."""
+    return float(number % 2 and number // GROUP >= silent)
+
+
+def search_archive(query: str, year: int, limit: int) -> str:
+    """Search the archive of letters, which holds about forty thousand scanned letters between writers, their publishers and their
+    families, transcribed by volunteers; the transcriptions are not complete, and names are spelled as they stand in the letter.
+
+    Args:
+        query: Words to look for in the transcription, in the names of sender and receiver, and in the notes that the archivists made
+        year: The year in which the letter was written, or 0 if any year will do; undated letters are found only with 0
+        limit: How many letters to return at most, the best matches first; from 1 to 20, and more than 10 are seldom of use
+    """
+    return "No letter matches."
+
+
+class Archive:
+    """The task as an environment of this project; its reward is that of the attempt's number."""
+
+    done, state = False, ""
+
+    def __init__(self, number: int, silent: int):
+        self._number, self._silent = number, silent
+
+    def reset(self, seed: int) -> str:
+        return QUESTIONS[seed]
+
+    def get_reward(self) -> float:
+        return reward(self._number, self._silent)
+
+    search_archive = staticmethod(search_archive)
+
+
+def load(options):
+    """(model, tokenizer): float32, with a chat template that TRL and this project both know how to follow."""
+    import torch
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    if options.small:
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, intermediate_size=512,
+                                            num_attention_heads=4, tie_word_embeddings=True)), tokenizer
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32), tokenizer
+
+
+def here(options, pipe) -> None:
+    """Steps of this project, one for each message: the number of silent groups."""
+    import torch
+
+    from agent import Agent, Chat
+    from grpo import GRPOConfig, make_rows, update
+    from rollout import Engine, play
+
+    model, tokenizer = load(options)
+    chat, config = Chat(tokenizer), GRPOConfig(epochs=1)
+    engine = Engine(model, set(), slots=TASKS * GROUP, context=1024)  # no stop tokens: every attempt has its 64
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+
+    def step(silent: int, number: int) -> list[int]:
+        def start(n: int):
+            agent = Agent(engine, chat, max_turns=1, max_new_tokens=TOKENS, context=1024)
+            return agent.run(Archive(n, silent), n // GROUP, Random(f"{number} {n}"))
+
+        episodes = play([lambda n=n: start(n) for n in range(TASKS * GROUP)], TASKS * GROUP)
+        for n, e in enumerate(episodes):
+            e.group = n // GROUP
+        rows, _, _ = make_rows(episodes, config)
+        update(model, optimizer, rows, config)
+        assert all(sum(e.segments[0].sampled) == TOKENS for e in episodes)
+        return [e.segments[0].ids[: e.segments[0].sampled.index(True)] for e in episodes[::GROUP]]
+
+    pipe.send("ready")
+    for number, silent in enumerate(iter(pipe.recv, None)):
+        began = time.perf_counter()
+        prompts = step(silent, number)
+        pipe.send((time.perf_counter() - began, peak_memory(), prompts))
+
+
+def there(options, pipe) -> None:
+    """Steps of TRL, one for each message."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = load(options)
+    silent, began = 0, 0.0
+
+    def rewards(completions, **_):
+        return [reward(n, silent) for n in range(len(completions))]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            nonlocal silent, began
+            order = pipe.recv()
+            control.should_training_stop, silent, began = order is None, order or 0, time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            if not control.should_training_stop:
+                pipe.send((time.perf_counter() - began, peak_memory(), prompts()))
+
+    def prompts() -> list[list[int]]:
+        return [tokenizer.apply_chat_template([{"role": "user", "content": q}], tools=[search_archive], add_generation_prompt=True,
+                                              return_dict=False) for q in QUESTIONS]
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=False, per_device_train_batch_size=TASKS * GROUP, num_generations=GROUP,
+                            max_completion_length=TOKENS, generation_kwargs={"min_new_tokens": TOKENS}, gradient_checkpointing=False,
+                            beta=0.0, learning_rate=1e-6, max_steps=10**6, save_strategy="no", report_to=[], logging_steps=10**6,
+                            shuffle_dataset=False, disable_tqdm=True)
+        dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS])
+        trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=rewards, args=config, train_dataset=dataset,
+                              tools=[search_archive], callbacks=[Turns()])
+        pipe.send("ready")
+        trainer.train()
+
+
+def peak_memory() -> float:
+    """MB, of this process since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def work(side, options, pipe) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with contextlib.redirect_stdout(sys.stderr):
+        side(options, pipe)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a causal language model")
+    parser.add_argument("--small", action="store_true", help="a small random model with its vocabulary")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each side in each race, after one to warm up")
+    options = parser.parse_args()
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for name, side in (("here", here), ("TRL", there)):
+        pipes[name], end = context.Pipe()
+        context.Process(target=work, args=(side, options, end), daemon=True).start()
+    for pipe in pipes.values():
+        pipe.recv()
+
+    def race(silent: int, rounds: int) -> dict[str, list]:
+        results = {name: [] for name in pipes}
+        for _ in range(rounds):
+            for name, pipe in pipes.items():
+                pipe.send(silent)
+                results[name].append(pipe.recv())
+        return results
+
+    first = race(0, 1)
+    prompts = first["here"][0][2]
+    if prompts != first["TRL"][0][2]:
+        raise SystemExit("the two sides were given different prompts")
+    print(f"{options.model}{' (small)' if options.small else ''}: {TASKS} x {GROUP} attempts of {TOKENS} tokens behind prompts of "
+          f"{', '.join(str(len(p)) for p in prompts)} tokens; seconds per step (least, most), peak memory of the process")
+    for title, silent in (("all groups with signal", 0), ("half silent", TASKS // 2)):
+        results = race(silent, options.rounds)
+        seconds = {name: [r[0] for r in rs] for name, rs in results.items()}
+        ratio = statistics.median(b / a for a, b in zip(seconds["here"], seconds["TRL"]))
+        for name, s in seconds.items():
+            print(f"  {title:24} {name:5} {statistics.median(s):8.2f} s ({min(s):.2f}, {max(s):.2f})  {results[name][-1][1]:8,.0f} MB",
+                  flush=True)
+        print(f"  {title:24} TRL takes {ratio:.1f} times as long (median of the rounds)", flush=True)
+    for pipe in pipes.values():
+        pipe.send(None)
+
+
+if __name__ == "__main__":
+    main()
