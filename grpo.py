@@ -39,6 +39,8 @@ class GRPOConfig:
 
     divide_by_std: bool = field(default=False, metadata={"help": "divide a group's advantages by their deviation (GRPO)"})
     leave_one_out: bool = field(default=False, metadata={"help": "baseline: the mean of the other attempts only (RLOO)"})
+    negative_weight: float = field(default=1.0, metadata={
+        "help": "factor of advantages below 0: blame spreads probability over all other tokens, praise gathers it"})
     turn_credit: float = field(default=0.0, metadata={"help": "weight of turn-level credit among equal states of a task (GiGPO)"})
     normaliser: Literal["token", "episode", "constant"] = field(default="token", metadata={
         "help": "token: all tokens weigh the same (DAPO); episode: every episode (GRPO), constant: normaliser_tokens (Dr. GRPO)"})
@@ -130,6 +132,7 @@ def make_rows(episodes: Sequence[Episode], config: GRPOConfig) -> tuple[list[Row
     rows = []
     for i, e in enumerate(sound):
         of_turn = [values[i] + config.turn_credit * t for t in turns[i]] if turns else [values[i]] * e.turns
+        of_turn = [a if a > 0 else config.negative_weight * a for a in of_turn]
         rows += episode_rows(e, i, of_turn)
     by_id = {id(e): a for e, a in zip(sound, values)}
     groups = {e.group for e in episodes}

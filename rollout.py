@@ -81,7 +81,8 @@ class Engine:
     stop_ids: tokens that end a message. grace: seconds that agents answered in one step have to come back before the next.
     Changing the model's weights in place (an optimizer does) is noticed, and all keys and values are then forgotten.
     `stats` counts, since the engine was made: steps, passes (through the model), context (tokens of all contexts it was
-    given), read (tokens that went through the model) and sampled. Raises ValueError for a model it would get wrong.
+    given), read (tokens that went through the model) and sampled; and seconds: reading (what is new in a context), decoding, and
+    waiting (for agents and their tools, while nobody decodes). Raises ValueError for a model it would get wrong.
     """
 
     def __init__(self, model, stop_ids: set[int], *, slots: int = 64, context: int = 1024, grace: float = 0.25):
@@ -146,9 +147,11 @@ class Engine:
         """Let the agents of the last step come back, but not for longer than the grace."""
         await asyncio.sleep(0)  # those that were just answered have not run yet
         if self.away:
+            began = time.perf_counter()
             self.all_back = asyncio.get_running_loop().create_future()
             await asyncio.wait([self.all_back], timeout=self.grace)
             self.away.clear()
+            self.stats["waiting"] += time.perf_counter() - began
 
     def _back(self, task: asyncio.Task) -> None:
         self.away.discard(task)
@@ -161,13 +164,14 @@ class Engine:
         if not self.active:
             self._forget_if_trained()
         self.clock += 1
-        self.stats["steps"] += 1
-        decoding = list(self.active)
+        decoding, began = list(self.active), time.perf_counter()
         while wave := self._admit():
             for part in self._alike(wave):
                 self._advance(part)
+        read = time.perf_counter()
         if decoding:
             self._advance(decoding)
+        self.stats.update(steps=1, reading=read - began, decoding=time.perf_counter() - read)
 
     def _advance(self, requests: list[Request]) -> None:
         """Feed what a request's slot does not hold yet, sample the next token, retire what is finished."""

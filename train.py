@@ -62,6 +62,7 @@ class Config(GRPOConfig):
     tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
     lr: float = option(2.5e-4, "learning rate of these updates; it falls to 0")
+    negative_weight: float = option(0.1, "factor of advantages below 0 (GRPO: 1)")
     warmup_steps: int = option(120, "updates by imitation before that, times the number of environments")
     warmup_lr: float = option(6e-3, "learning rate at the peak of those; it falls to a tenth")
     max_turns: int = option(10, "messages the model may write in an episode")
@@ -136,7 +137,7 @@ def train(config: Config) -> None:
 
         clock.start("update")
         rows, advantages, signal_report = make_rows(episodes, config)
-        optimizer.param_groups[0]["lr"] = config.lr * (1 - (step - 1) / config.updates)
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - (step - 1) / config.updates) ** 2
         report = update(model, optimizer, rows, config, config.temperature, reference)
 
         clock.start("log")

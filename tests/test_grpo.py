@@ -217,6 +217,14 @@ def test_turn_credit_reaches_the_tokens_of_its_turn():
     assert [r.advantages for r in rows] == [[1.5, 0.5, 0.5], [-1.5]]
 
 
+def test_blame_may_weigh_less_than_praise():
+    """Only the tokens feel it: the advantage that is reported stays the difference to the group's mean, and no signal stays none."""
+    rows, values, groups = make_rows([episode(1.0), episode(0.0)], GRPOConfig(negative_weight=0.1))
+    assert values == [0.5, -0.5] and [r.advantages for r in rows] == [[0.5] * 2, [-0.05] * 2] and groups == {"no_signal": 0.0}
+    rows, _, groups = make_rows([episode(1.0), episode(0.0)], GRPOConfig(negative_weight=0.0))
+    assert [r.advantages for r in rows] == [[0.5] * 2] and groups == {"no_signal": 0.0}
+
+
 # ---- Rows and weights ----------------------------------------------------------------------------------------------------------
 
 def test_episodes_that_failed_leave_their_group():

@@ -1,0 +1,185 @@
+"""Rollouts alone: sampled tokens per second here and of what transformers has, where the time goes, and how it grows with turns.
+
+    python tests/bench_rollout.py                     # the default model
+    python tests/bench_rollout.py --model MODEL       # a folder with a causal language model, in float32 (--dtype bfloat16)
+    python tests/bench_rollout.py --part growth       # one of: peers, reuse, time, growth
+
+64 episodes of 4 turns, 50 sampled tokens a turn, each answered by 20 tokens of a world, behind a prompt of 200 tokens that groups
+of 8 have in common; then the same with a prompt of its own for each. No stop tokens: everybody samples as much. All contexts have
+the same length, so that no peer has to pad. The peers are called turn by turn, with the whole batch: `generate`, and `generate_batch`
+(continuous batching, paged). Everybody takes turns in one process, each round in another order; medians, and ratios within rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, logging  # noqa: E402
+
+from rollout import Engine, play, small_model  # noqa: E402
+
+EPISODES, GROUP, TURNS, PROMPT, SAMPLED, WORLD = 64, 8, 4, 200, 50, 20
+
+
+def world(vocab: int, seed: int | str, tokens: int) -> list[int]:
+    rng = Random(f"world {seed}")
+    return [rng.randrange(vocab) for _ in range(tokens)]
+
+
+def prompts(vocab: int, group: int) -> list[list[int]]:
+    return [world(vocab, f"prompt {n // group}", PROMPT) for n in range(EPISODES)]
+
+
+# ---- who runs: contexts -> contexts at the end ----
+
+
+def here(model, contexts, turns=TURNS, kind=Engine, stats=None):
+    """One engine, an agent per episode."""
+    vocab = model.config.vocab_size
+
+    async def episode(engine: Engine, ids: list[int], n: int) -> list[int]:
+        rng = Random(n)
+        for turn in range(turns):
+            ids = ids + (await engine.generate(ids, SAMPLED, rng=rng)).ids + world(vocab, f"{n} {turn}", WORLD)
+        return ids
+
+    engine = kind(model, set(), slots=len(contexts), context=PROMPT + turns * (SAMPLED + WORLD))
+    out = play([lambda n=n, ids=ids: episode(engine, ids, n) for n, ids in enumerate(contexts)], len(contexts))
+    if stats is not None:
+        stats.update(engine.stats)
+    return out
+
+
+def generate(model, contexts, turns=TURNS):
+    """transformers.generate on the whole batch, once per turn."""
+    vocab, device = model.config.vocab_size, model.device
+    for turn in range(turns):
+        ids = torch.tensor(contexts, device=device)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, min_new_tokens=SAMPLED,
+                             max_new_tokens=SAMPLED, pad_token_id=0)
+        contexts = [row + world(vocab, f"{n} {turn}", WORLD) for n, row in enumerate(out.tolist())]
+    return contexts
+
+
+def generate_batch(model, contexts, turns=TURNS):
+    """transformers' continuous batching, once per turn. Its own choice of sizes would take all memory of a CPU."""
+    vocab = model.config.vocab_size
+    pages = ContinuousBatchingConfig(num_blocks=len(contexts) * (1 + (PROMPT + turns * (SAMPLED + WORLD)) // 256), max_batch_tokens=4096)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=SAMPLED, eos_token_id=-1, pad_token_id=0)
+    for turn in range(turns):
+        found = model.generate_batch(contexts, generation_config=config, continuous_batching_config=pages, progress_bar=False)
+        tokens = [found[key].generated_tokens for key in sorted(found, key=lambda key: int(key.rpartition("_")[2]))]
+        contexts = [ids + new + world(vocab, f"{n} {turn}", WORLD) for n, (ids, new) in enumerate(zip(contexts, tokens, strict=True))]
+    return contexts
+
+
+# ---- what is measured ----
+
+
+def clock(step) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def race(steps: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in each round, after one round to warm up."""
+    seconds = {name: [] for name in steps}
+    for r in range(rounds + 1):
+        for name in [*list(steps)[r % len(steps) :], *list(steps)[: r % len(steps)]]:
+            seconds[name].append(clock(steps[name]))
+    return {name: s[1:] for name, s in seconds.items()}
+
+
+def against(seconds: dict[str, list[float]], first: str, tokens: int) -> None:
+    for name, s in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(seconds[first], s))
+        print(f"    {name:28} {tokens / statistics.median(s):9,.0f} sampled tokens/s   takes {ratio:5.2f} times as long", flush=True)
+
+
+def peers(model, rounds: int) -> None:
+    tokens = EPISODES * TURNS * SAMPLED
+    for title, group in (("groups of 8 share a prompt", GROUP), ("every episode has a prompt of its own", 1)):
+        contexts = prompts(model.config.vocab_size, group)
+        steps = {"this engine": lambda: here(model, contexts), "generate": lambda: generate(model, contexts)}
+        try:
+            ends = {len(ids) for ids in generate_batch(model, contexts[:2], turns=1)}
+            assert ends == {PROMPT + SAMPLED + WORLD}, ends
+            steps["generate_batch"] = lambda: generate_batch(model, contexts)
+        except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, ValueError) as e:
+            print(f"    generate_batch does not run here: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+        print(f"  {title}: {EPISODES} episodes of {TURNS} turns")
+        against(race(steps, rounds), "this engine", tokens)
+
+
+def reuse(model, rounds: int) -> None:
+    """What slots buy: the same episodes with an engine that forgets everything between turns."""
+
+    class Forgetful(Engine):
+        def _admit(self):
+            self.length[[s for s in range(self.slots) if s not in {r.slot for r in self.active}]] = 0
+            self.held[self.length == 0] = -1
+            return super()._admit()
+
+    contexts = prompts(model.config.vocab_size, GROUP)
+    print("  keys and values kept between turns, and shared in a group")
+    steps = {"kept": lambda: here(model, contexts), "forgotten": lambda: here(model, contexts, kind=Forgetful)}
+    against(race(steps, rounds), "kept", EPISODES * TURNS * SAMPLED)
+
+
+def where_the_time_goes(model, rounds: int) -> None:
+    stats, contexts, inside = {}, prompts(model.config.vocab_size, GROUP), []
+    parts = [model.base_model, model.get_output_embeddings()]
+    hooks = [part.register_forward_pre_hook(lambda *_: inside.append(-time.perf_counter())) for part in parts]
+    hooks += [part.register_forward_hook(lambda *_: inside.append(time.perf_counter())) for part in parts]
+    seconds = clock(lambda: here(model, contexts, stats=stats))
+    for hook in hooks:
+        hook.remove()
+    shares = {name: stats[name] / seconds for name in ("reading", "decoding", "waiting")}
+    print(f"  where {seconds:.2f} s go: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+          + f", the rest {1 - sum(shares.values()):.0%}; inside the model (CPU only) {sum(inside) / seconds:.0%}")
+
+
+def growth(model, rounds: int) -> None:
+    """An episode of 16 turns may cost at most 5 times one of 4 turns: its tokens are 4 times as many."""
+    for count in (1, 8):
+        contexts = prompts(model.config.vocab_size, 1)[:count]
+        seconds = race({"4 turns": lambda c=contexts: here(model, c, 4), "16 turns": lambda c=contexts: here(model, c, 16)}, rounds)
+        ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
+        print(f"  {count} at once: 16 turns cost {ratio:.2f} times as much as 4 turns", flush=True)
+
+
+PARTS = {"peers": peers, "reuse": reuse, "time": where_the_time_goes, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="folder of a causal language model; empty: the default one")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--part", choices=PARTS, default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    dtype, device = getattr(torch, options.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype) if options.model else small_model(1024).to(dtype)
+    model.to(device).eval()
+    model.generation_config.eos_token_id = None
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{options.model or 'the default model'}: {size:.2f}M parameters, {options.dtype}, {device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
+    for part in [options.part] if options.part else PARTS:
+        PARTS[part](model, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
