@@ -68,7 +68,7 @@ class Config(GRPOConfig):
     max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int = option(448, "tokens in one segment: prompt, messages and observations")
-    temperature: float = option(1.0, "of sampling in training; evaluation samples at 1, and greedily")
+    temperature: float = option(1.1, "of sampling in training: warmer than in evaluation (1), so that rare slips are seen")
     eval_tasks: int = option(200, "held-out tasks per environment, before and after")
     eval_only: str = option("", "RUN: only score the model of this run")
     resume: str = option("", "RUN: go on where its newest checkpoint stands; the run's own options hold")
