@@ -412,8 +412,8 @@ def sharded(model) -> Iterator[None]:
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     model.reshard()
-    for p, gradient in zip(model.parameters(), gradients):
-        p.grad = own_part(gradient, p)
+    for p in model.parameters():
+        p.grad = own_part(gradients.pop(0), p)  # and the whole one is freed
     yield
     model.zero_grad(set_to_none=True)
     model.unshard()

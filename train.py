@@ -244,9 +244,9 @@ def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple
 def play_together(starts: list, at_once: int, size: int = 1) -> list[Episode]:
     """`play`, of which each process does its share, by groups of `size`; all get all episodes, in the order of `starts`."""
     rank, world = ranks()
-    turns = [i // size % world for i in range(len(starts))]
-    hands = [iter(hand) for hand in gather(play([start for start, turn in zip(starts, turns) if turn == rank], at_once))]
-    return [next(hands[turn]) for turn in turns]
+    players = [i // size % world for i in range(len(starts))]
+    shares = [iter(share) for share in gather(play([start for start, p in zip(starts, players) if p == rank], at_once))]
+    return [next(shares[p]) for p in players]
 
 
 def share_out(success: dict[str, float], tasks: int) -> list[str]:

@@ -6,10 +6,12 @@ compared here is computed in float64, where another order of summation shows in 
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -61,15 +63,22 @@ RUN = dict(env=["lengths.py:Lengths"], model="model", dtype="float64", device="c
 WORDS = [word for key, value in RUN.items() for word in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))]
 
 
-def processes(words, cwd, n=2):
-    """Start Python n times, as torchrun does."""
+def start(words, cwd, environment):
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**common, **environment})
+
+
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-              "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    return [subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n)]
+        return s.getsockname()[1]
+
+
+def processes(words, cwd, n=2):
+    """Start Python n times, as torchrun does."""
+    meet = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [start(words, cwd, {**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n)]
 
 
 # ---- what is computed by one process, and by two ----
@@ -267,6 +276,78 @@ def test_checkpoints_are_the_same_files_for_any_number_of_processes(folder, name
 def test_a_long_tool_call_of_one_process_does_not_trip_the_others(folder):
     """They wait for it: twice as long as they would if they had not been told to."""
     assert lines(folder / "runs" / "replicated" / "metrics.jsonl")[0]["seconds"] > TOOL > WAITING
+
+
+# ---- the processes of torchrun ----
+
+
+def torchrun(*words, cwd):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), ROOT / "train.py", *words]
+    return start(command, cwd, {})
+
+
+def wait_for_step(run, step, process):
+    deadline = time.monotonic() + 120
+    path = run / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= step):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(folder, rank):
+    """kill -9 in mid-run: nobody hangs, one line says what to do, and the resumed run ends with the bits of the one left alone."""
+    words = [*WORDS, "--steps", "12", "--save-every", "3"]
+    whole, killed = folder / "runs" / "whole", folder / "runs" / f"killed-{rank}"
+    if not whole.exists():
+        process = torchrun(*words, "--name", whole.name, cwd=folder)
+        assert process.communicate(timeout=300)[1] is not None and process.returncode == 0
+    process = torchrun(*words, "--name", killed.name, cwd=folder)
+    wait_for_step(killed, 4, process)
+    os.kill(children(process)[rank], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and f"train.py: process {1 - rank} stops with the run" in errors and "--resume RUN" in errors
+    assert "SIGKILL" in errors, "torchrun says which"
+    process = torchrun("--resume", f"runs/{killed.name}", cwd=folder)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert [m["step"] for m in lines(killed / "metrics.jsonl")] == list(range(1, 13))
+    a, b = weights_of(whole), weights_of(killed)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_after_the_same_step(folder):
+    """torchrun passes it on, to each at another moment."""
+    run = folder / "runs" / "stopped"
+    process = torchrun(*WORDS, "--steps", "1000", "--name", run.name, cwd=folder)
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    last = lines(run / "metrics.jsonl")[-1]["step"]
+    assert f"stopped after step {last}. To go on: " in errors and "train.py: process" not in errors
+    assert (run / "checkpoints" / f"step-{last:06d}" / "trainer.pt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "replicated", "sharded"])
+def test_a_run_is_resumed_by_another_number_of_processes(folder, name):
+    """From step 2 of three, by one process and by two, replicated and sharded: the weights are those of the run that was not stopped."""
+    for number in (1, 2):
+        again = folder / "runs" / f"{name}-again-by-{number}"
+        shutil.copytree(folder / "runs" / name, again)
+        for later in ("checkpoints/step-000003", "model"):
+            shutil.rmtree(again / later)
+        for process in processes([ROOT / "train.py", "--resume", f"runs/{again.name}"], folder, number):
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+        assert files(again) == files(folder / "runs" / name) and same_weights(again, folder / "runs" / "one")
+        assert [m["step"] for m in lines(again / "metrics.jsonl")] == [1, 2, 3]
 
 
 if __name__ == "__main__":

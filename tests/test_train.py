@@ -177,6 +177,7 @@ BAD = [
     (["--eval-only", "runs/none"], "no run at 'runs/none'"),
     (["--env", "calculator", "--context", "100"], "do not fit --context 100"),
     (["--kind", "magic"], "invalid choice: 'magic'"),
+    (["--shard"], "--shard is for a model given by --model"),
 ]
 
 
