@@ -10,6 +10,8 @@ advantage is not divided by the group's standard deviation, every token of the s
 upwards, and there is no KL term: this is where the field has settled (each is an option below). Imitation is the same
 update with advantage 1 and `kind="reinforce"`.
 
+Several processes hold the same batch: each computes its share of the packs, and gradients are added up.
+
 Left out: a replay buffer, a critic, LoRA. Takes episodes from rollout.py (anything with `segments`, `reward`, `group`,
 `finish`, `states`, `task`); changes a model's weights; reports a dict. `python grpo.py` solves a bandit. Lift it together
 with kernels.py.
@@ -19,13 +21,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from kernels import linear_logps, linear_policy_loss
 
@@ -300,16 +309,18 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
 
     Ratios are to the policy before the first epoch, whose log-probs are this function's own first ones: the engine's may
     come from another precision. A gradient that is not finite is not applied: it would stay in Adam's averages for ever.
-    `skipped` counts these; the rest of the report is of the last epoch.
+    `skipped` counts these; the rest of the report is of the last epoch. Of several processes each is given all rows: so every
+    normaliser is that of the whole batch, and who rolled an episode out does not matter here.
     """
-    packs = make_packs(rows, config, next(model.parameters()).device)
+    rank, world = ranks()
+    packs = make_packs(rows, config, next(model.parameters()).device)[rank::world]  # there may be none for this process
     report = {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan, "grad_norm": 0.0, "skipped": 0}
     for pack in packs if reference is not None and config.kl_coef else []:
         with torch.no_grad():
             pack.ref_logps = linear_logps(hidden_states(reference, pack), reference.get_output_embeddings().weight, pack.targets,
                                           temperature=temperature)[0]
-    for _ in range(config.epochs if packs else 0):
-        optimizer.zero_grad(set_to_none=True)
+    for _ in range(config.epochs if rows else 0):
+        model.zero_grad(set_to_none=True)
         stats, total = [], 0.0
         for pack in packs:
             loss, stat = pack_loss(model, pack, config, temperature)
@@ -318,20 +329,115 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
             total += loss.item()
         for pack, stat in zip(packs, stats):
             pack.old_logps = stat.logps if pack.old_logps is None else pack.old_logps
+        sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         if math.isfinite(norm):
-            optimizer.step()
-        report = {"loss": total, **_report(packs, stats, norm), "skipped": report["skipped"] + int(not math.isfinite(norm))}
-    optimizer.zero_grad(set_to_none=True)
+            with sharded(model):
+                optimizer.step()
+        report = {**_report(packs, stats, total), "grad_norm": norm, "skipped": report["skipped"] + int(not math.isfinite(norm))}
+    model.zero_grad(set_to_none=True)
     return report
 
 
-def _report(packs: list[Pack], stats: list, norm: float) -> dict[str, float]:
+def _report(packs: list[Pack], stats: list, loss: float) -> dict[str, float]:
     names = ("logps", "entropy", "ratio", "clipped")
-    logps, entropy, ratio, clipped = (torch.cat([getattr(s, name).float() for s in stats]) for name in names)
-    gap = logps - torch.cat([p.behavior_logps for p in packs])  # log(policy now / policy that sampled)
-    return {"entropy": entropy.nanmean().item(), "ratio_max": ratio.nan_to_num(1.0).max().item(),
-            "clipped": clipped.nanmean().item(), "kl": (gap.exp() - gap - 1).nanmean().item(), "grad_norm": norm}
+    own = [torch.stack([*(getattr(s, name).float() for name in names), p.behavior_logps]).cpu() for p, s in zip(packs, stats)]
+    losses, columns = zip(*gather((loss, torch.cat([torch.empty(5, 0), *own], dim=1))))
+    logps, entropy, ratio, clipped, behavior_logps = torch.cat(columns, dim=1)
+    gap = logps - behavior_logps  # log(policy now / policy that sampled)
+    return {"loss": sum(losses), "entropy": entropy.nanmean().item(), "ratio_max": ratio.nan_to_num(1.0).max().item(),
+            "clipped": clipped.nanmean().item(), "kl": (gap.exp() - gap - 1).nanmean().item()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run is gone."""
+
+
+def ranks() -> tuple[int, int]:
+    """(which of the run's processes this is, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """What each process brings, in their order, for all of them. Here they wait for one another.
+
+    >>> gather("the only one")
+    ['the only one']
+    """
+    values = [value] * ranks()[1]
+    if dist.is_initialized():
+        _together(dist.all_gather_object, values, value)
+    return values
+
+
+def sum_gradients(model) -> None:
+    """Leave the sum of all processes' gradients in each, once per update.
+
+    Not torch's DDP: that takes the mean, and as many backward passes from each process, where packs are dealt as they come.
+    """
+    for p in model.parameters() if dist.is_initialized() else ():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            _together(dist.all_reduce, p.grad)
+
+
+def _together(collective: Callable, *args) -> None:
+    try:
+        collective(*args)
+    except RuntimeError as e:
+        raise ProcessLost(f"no answer from another process of this run ({str(e).splitlines()[0]})") from e
+
+
+def spread(model, shard: bool) -> None:
+    """Give all processes the weights of the first. `shard`: with FSDP2, for models that would not fit otherwise.
+
+    What is sharded is what only the optimizer needs, its averages: two numbers of each weight, of which a process then keeps
+    its part. Weights and gradients are whole while tokens are sampled and packs computed: processes decode at their own pace
+    and have different numbers of packs, so nothing may wait for another process in there.
+    """
+    for p in model.parameters() if dist.is_initialized() else ():
+        _together(dist.broadcast, p.data, 0)
+    if shard and dist.is_initialized():
+        fully_shard(model, mesh=init_device_mesh(next(model.parameters()).device.type, (ranks()[1],)))
+        model.unshard()
+
+
+@contextmanager
+def sharded(model) -> Iterator[None]:
+    """In here a sharded model has this process's parts of weights and gradients; outside it has the whole. All must enter."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    model.reshard()
+    for p in model.parameters():
+        p.grad = own_part(gradients.pop(0), p)  # and the whole one is freed
+    yield
+    model.zero_grad(set_to_none=True)
+    model.unshard()
+
+
+def own_part(whole: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """This process's part of a tensor that belongs to a weight: the same rows, if the weight is sharded."""
+    if not isinstance(weight, DTensor) or whole is None or whole.shape != weight.shape:
+        return whole
+    return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def assemble(state):
+    """A state dict in which what is sharded is whole again, in the first process alone. All must call it."""
+
+    @cache  # a weight that stands there twice stays one tensor
+    def whole(tensor: DTensor) -> torch.Tensor | None:
+        tensor = tensor.detach().full_tensor()
+        return tensor.cpu() if ranks()[0] == 0 else None  # one at a time, or the device would overflow
+
+    return tree_map_only(DTensor, whole, state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,16 @@
     python train.py --env my_env.py:MyEnv            # an environment of yours
     python train.py --resume runs/0                  # go on after a crash or Ctrl-C
     python train.py --eval-only runs/0               # score a finished run
+    torchrun --nproc-per-node 2 train.py             # several processes, one for each GPU
 
 A run leaves a folder runs/NAME: run.json, metrics.jsonl (a line per step), episodes.jsonl (every episode, token by token),
 checkpoints/, model/ (a Hugging Face folder), scores.json (held-out successes, task by task) and summary.json. Left out here:
-several processes, a learning-rate search, dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
+a learning-rate search, dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
+
+Several processes do the same things in the same order, with two exceptions: each plays its share of the episodes and computes
+its share of an update, and the first one alone writes. After both they have the same episodes and the same weights.
 """
 
-import copy
 import json
 import math
 import os
@@ -24,19 +27,21 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
 from env import ENVIRONMENTS, EnvError, check_env, demonstrator, make_env, seeds, task_hash
-from grpo import GRPOConfig, episode_rows, make_rows, update
+from grpo import GRPOConfig, ProcessLost, assemble, episode_rows, gather, make_rows, own_part, ranks, sharded, spread, update
 from rollout import Engine, play, small_model
 from tools import schema, tools_of
 
@@ -75,6 +80,7 @@ class Config(GRPOConfig):
     save_every: int = option(20, "updates between checkpoints")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dtype: str = option("float32", "of the weights: float32 or bfloat16")
+    shard: bool = option(False, "several processes: each keeps a part of the optimizer's averages (for --model)")
 
     @property
     def updates(self) -> int:
@@ -91,17 +97,19 @@ def train(config: Config) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # The run's folder, the environments, the model
 
-    clock = Clock()
-    run, config = open_run(config)
+    clock, first = Clock(), ranks()[0] == 0
+    run, config = gather(open_run(config))[0]  # one answer: nobody makes the folder before all have looked
     factories = make_envs(config)
     checkpoint = newest_checkpoint(run) if config.resume else None
     model, tokenizer = load_model(config, factories, checkpoint)
     chat, engine = make_engine(model, tokenizer, config)
     check_fit(chat, factories, config)
-    if checkpoint is None:  # only now: bad input leaves no folder behind
+    if checkpoint is None and first:  # only now: bad input leaves no folder behind
         run.mkdir(parents=True)
         (run / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    spread(model, config.shard)
+    with sharded(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
           f"environments {', '.join(factories)}")
 
@@ -114,12 +122,13 @@ def train(config: Config) -> None:
         clock.start("evaluation")
         state = {"step": 0, "tokens": 0, "success": dict.fromkeys(factories, 0.0),
                  "cursor": {spec: (config.seed + 1) * 10**6 for spec in factories}, "before": evaluate(engine, chat, factories, config)}
-        save_checkpoint(run, {**state, "seconds": dict(clock.seconds)}, model, tokenizer, optimizer)
+        save(run, state, clock, model, tokenizer, optimizer)
     else:
         state = torch.load(checkpoint / "trainer.pt", weights_only=True)
-        optimizer.load_state_dict(state.pop("optimizer"))
+        restore(optimizer, state.pop("optimizer"))
         clock.seconds.update(state.pop("seconds"))
-        forget_after(run, state["step"])
+        if first:
+            forget_after(run, state["step"])
     print_scores(state["before"], "before")
     reference = load_reference(config, model, run) if config.kl_coef else None
 
@@ -128,7 +137,7 @@ def train(config: Config) -> None:
 
     ctrl_c = CtrlC()
     steps = range(state["step"] + 1, config.updates + 1)
-    for step in tqdm(steps, desc="RL", initial=state["step"], total=config.updates, leave=False):
+    for step in tqdm(steps, desc="RL", initial=state["step"], total=config.updates, leave=False, disable=not first):
         began = time.perf_counter()
         clock.start("rollouts")
         specs = share_out(state["success"], config.tasks_per_step)
@@ -147,22 +156,27 @@ def train(config: Config) -> None:
         state |= {"step": step, "tokens": state["tokens"] + metrics["sampled_tokens"]}
         for spec, success in state["success"].items():  # of the last few steps; a step in which all attempts crashed says nothing
             state["success"][spec] = success + 0.5 * (metrics.get(f"success/{spec}", success) - success)
-        append(run / "metrics.jsonl", [metrics])
-        append(run / "episodes.jsonl", [record(e, a, step, tokenizer) for e, a in zip(episodes, advantages)])
+        if first:
+            append(run / "metrics.jsonl", [metrics])
+            append(run / "episodes.jsonl", [record(e, a, step, tokenizer) for e, a in zip(episodes, advantages)])
         tqdm.write(metric_line(metrics))
         if step % 20 == 0:
             tqdm.write(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
-        if step % config.save_every == 0 or step == config.updates or ctrl_c.pressed:
-            save_checkpoint(run, {**state, "seconds": dict(clock.seconds)}, model, tokenizer, optimizer)
-        if ctrl_c.pressed:
-            sys.exit(f"stopped after step {step}. To go on: python train.py --resume {run}")
+        stop = any(gather(ctrl_c.pressed))
+        if step % config.save_every == 0 or step == config.updates or stop:
+            save(run, state, clock, model, tokenizer, optimizer)
+        if stop:
+            sys.exit(f"stopped after step {step}. To go on: python train.py --resume {run}" if first else 1)
 
     # ------------------------------------------------------------------------------------------------------------------
     # What it learned: evaluation and summary
 
     clock.start("evaluation")
     after = evaluate(engine, chat, factories, config)
-    save_model(run / "model", model, tokenizer)
+    weights = model_state(model)
+    if not first:
+        return
+    save_model(run / "model", model, tokenizer, weights)
     clock.start("end")
     print_scores(state["before"], "before")
     print_scores(after, "after")
@@ -201,9 +215,9 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
 
 def load_reference(config: Config, model, run: Path):
     """The model before RL, frozen: what the KL term keeps close to."""
-    reference = copy.deepcopy(model)
-    reference.load_state_dict(AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000000").state_dict())
-    return reference.requires_grad_(False)
+    gather(None)  # the first process has written it by then
+    reference = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000000", dtype=model.dtype)
+    return reference.to(model.device).requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,7 +239,15 @@ def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple
 
         return attempt
 
-    return play([start(g, spec, seed, m) for g, (spec, seed) in enumerate(tasks) for m in range(size)], llm.slots)
+    return play_together([start(g, spec, seed, m) for g, (spec, seed) in enumerate(tasks) for m in range(size)], llm.slots, size)
+
+
+def play_together(starts: list, at_once: int, size: int = 1) -> list[Episode]:
+    """`play`, of which each process does its share, by groups of `size`; all get all episodes, in the order of `starts`."""
+    rank, world = ranks()
+    players = [i // size % world for i in range(len(starts))]
+    shares = [iter(share) for share in gather(play([start for start, p in zip(starts, players) if p == rank], at_once))]
+    return [next(shares[p]) for p in players]
 
 
 def share_out(success: dict[str, float], tasks: int) -> list[str]:
@@ -281,7 +303,7 @@ def demonstrations(chat: Chat, factories: dict, config: Config, counts: dict[str
         column, cursor = [], {spec: start}
         while len(column) < count:
             wanted = [next_seed(factory, cursor, spec) for _ in range(count - len(column))]
-            column += [e for e in play([show(seed) for seed in wanted], 64) if keep(e)]
+            column += [e for e in play_together([show(seed) for seed in wanted], 64) if keep(e)]
         columns.append(column)
     places = [(i / len(column), number, i) for number, column in enumerate(columns) for i in range(len(column))]
     return [columns[number][i] for _, number, i in sorted(places)]
@@ -309,8 +331,9 @@ def imitate(model, chat: Chat, factories: dict, config: Config, keep=lambda epis
         return
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0, entropy_coef=0.0, tis_cap=None)
     print(f"warm start: {len(shown)} demonstrations, {sum(e.success for e in shown) / len(shown):.0%} of them right")
-    optimizer, began = Imitator(model, config), time.perf_counter()
-    for step in tqdm(range(1, config.warmup_updates + 1), desc="warm start", leave=False):
+    with sharded(model):
+        optimizer, began = Imitator(model, config), time.perf_counter()
+    for step in tqdm(range(1, config.warmup_updates + 1), desc="warm start", leave=False, disable=ranks()[0] > 0):
         batch = [shown[((step - 1) * WARM_BATCH + i) % len(shown)] for i in range(WARM_BATCH)]
         rows = [row for i, e in enumerate(batch) for row in episode_rows(e, i, [1.0] * e.turns)]
         optimizer.set_lr(step)
@@ -344,10 +367,6 @@ class Imitator:
         for group in (group for part in self.parts for group in part.param_groups):
             group["lr"] = self.config.warmup_lr * share
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
     def step(self) -> None:
         for part in self.parts:
             part.step()
@@ -360,8 +379,10 @@ class Imitator:
 def load_model(config: Config, factories: dict, checkpoint: Path | None):
     """(model, tokenizer): of a checkpoint, of a folder or hub id, or made here. Remote code is never run."""
     where = checkpoint or config.model
+    if not where and config.shard:
+        raise UserError("--shard is for a model given by --model: the small one fits, and Muon needs its matrices whole")
     if not where:
-        tokenizer = learn_tokenizer(factories, config)
+        tokenizer = gather(learn_tokenizer(factories, config))[0]
         return small_model(len(tokenizer), config.seed).to(config.device), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -520,12 +541,32 @@ def read_run(name: str) -> tuple[Path, Config]:
     return run, replace(Config(**json.loads((run / "run.json").read_text())["config"]), resume=name)
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
-    model.save_pretrained(folder)
+def save(run: Path, state: dict, clock: Clock, model, tokenizer, optimizer) -> None:
+    """A checkpoint: the same files for any number of processes. All bring their parts, the first one writes."""
+    state = {**state, "seconds": dict(clock.seconds), "optimizer": assemble(optimizer.state_dict())}
+    weights = model_state(model)
+    if ranks()[0] == 0:
+        save_checkpoint(run, state, model, tokenizer, weights)
+
+
+def model_state(model) -> dict[str, torch.Tensor]:
+    with sharded(model):
+        return assemble(model.state_dict(keep_vars=True))
+
+
+def restore(optimizer, state: dict) -> None:
+    """Give an optimizer its averages back: of weights that are sharded, this process's part."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    averages = {i: {name: own_part(x, weights[i]) for name, x in of_weight.items()} for i, of_weight in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": averages})
+
+
+def save_model(folder: Path, model, tokenizer, weights: dict) -> None:
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(run: Path, state: dict, model, tokenizer, optimizer) -> None:
+def save_checkpoint(run: Path, state: dict, model, tokenizer, weights: dict) -> None:
     """Written beside, then renamed: a checkpoint with its final name is whole."""
     final = run / "checkpoints" / f"step-{state['step']:06d}"
     partial = final.with_name(f"partial-{final.name}")
@@ -533,8 +574,8 @@ def save_checkpoint(run: Path, state: dict, model, tokenizer, optimizer) -> None
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(partial, model, tokenizer)
-    torch.save({**state, "optimizer": optimizer.state_dict()}, partial / "trainer.pt")
+    save_model(partial, model, tokenizer, weights)
+    torch.save(state, partial / "trainer.pt")
     os.replace(partial, final)
 
 
@@ -565,14 +606,45 @@ class CtrlC:
         tqdm.write("Ctrl-C: finishing this step (again: stop now)")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
 class UserError(ValueError):
     """Something the user can mend; shown as one line."""
+
+
+def join(config: Config) -> None:
+    """Meet the other processes, if torchrun has started several. Otherwise nothing here is in use.
+
+    It ends all of them when one has died. So nobody need give up waiting, however long the tools of another take.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=30))
+    signal.signal(signal.SIGTERM, lambda *_: lost("told to by torchrun"))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def lost(reason: object) -> None:
+    """The end of this process, at once: tools in other threads must not keep it alive."""
+    sys.stderr.write(f"train.py: process {os.environ['RANK']} stops with the run ({reason}); torchrun's report says who was the first. "
+                     "To go on: torchrun ... train.py --resume RUN\n")
+    os._exit(1)
 
 
 def command_line() -> None:
     config, = HfArgumentParser(Config).parse_args_into_dataclasses()
     try:
+        join(config)
         score(config) if config.eval_only else train(config)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except ProcessLost as e:
+        lost(e)
     except (UserError, EnvError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -37,9 +37,9 @@ from kernels import linear_logps, linear_policy_loss
 V = 30
 
 
-def tiny(seed=0, dtype=torch.float64):
+def tiny(seed=0, dtype=torch.float64, vocab=V):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    config = LlamaConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                          intermediate_size=24, initializer_range=0.2, tie_word_embeddings=True)
     return LlamaForCausalLM(config).to(dtype)
 

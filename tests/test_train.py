@@ -120,8 +120,7 @@ def test_the_warm_start_s_optimizer_moves_every_weight_once():
     model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     optimizer.set_lr(20)
     optimizer.step()
-    optimizer.zero_grad()
-    assert all((a != b).any() for a, b in zip(before, model.parameters())) and all(p.grad is None for p in model.parameters())
+    assert all((a != b).any() for a, b in zip(before, model.parameters()))
     assert len(train.Imitator(model, train.Config(model="some/model")).parts) == 1
 
 
@@ -178,6 +177,7 @@ BAD = [
     (["--eval-only", "runs/none"], "no run at 'runs/none'"),
     (["--env", "calculator", "--context", "100"], "do not fit --context 100"),
     (["--kind", "magic"], "invalid choice: 'magic'"),
+    (["--shard"], "--shard is for a model given by --model"),
 ]
 
 
