@@ -1,0 +1,63 @@
+"""How much of a run is spent inside the model's forward and backward passes, and where the rest goes.
+
+    python tests/bench_train.py --seed 1                       # takes the options of train.py, makes the same run
+    python tests/bench_train.py --env calculator               # a minute
+
+Clocks stand around five functions: reading and decoding in rollout.py, the hidden states and the loss (head included) in grpo.py,
+and autograd's backward. All else is the rest, by phase: tokens sampled and agents run in "rollouts" and "evaluation", packs and the
+optimizer in "update", demonstrations in "warm start". On a CPU only: a GPU's work is not done when a call returns.
+"""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+
+import grpo  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+
+inside: Counter = Counter()  # (phase of the run, what): seconds
+clocks: list[train.Clock] = []  # of the run, once it has begun
+
+
+def timed(what: str, function):
+    def wrapped(*args, **kwargs):
+        began = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            inside[clocks[0].phase if clocks else "start", what] += time.perf_counter() - began
+
+    return wrapped
+
+
+class Clock(train.Clock):
+    def __init__(self):
+        super().__init__()
+        clocks.append(self)
+
+
+def main() -> None:
+    rollout._read = timed("forward, sampling", rollout._read)
+    grpo.hidden_states = timed("forward, training", grpo.hidden_states)
+    grpo.linear_policy_loss = timed("head and loss", grpo.linear_policy_loss)
+    torch.Tensor.backward = timed("backward", torch.Tensor.backward)
+    train.Clock = Clock
+    train.command_line()
+    if not clocks or not clocks[0].seconds:
+        raise SystemExit("no run was made: give options of a run, not of its evaluation")
+    total = clocks[0].total()
+    print(f"inside the model's passes: {sum(inside.values()) / total:.0%} of {total:.0f} s")
+    for phase, seconds in clocks[0].seconds.items():
+        own = {what: s for (p, what), s in inside.items() if p == phase}
+        print(f"  {phase:12} {seconds:6.1f} s, {sum(own.values()) / max(seconds, 1e-9):4.0%} inside: "
+              + ", ".join(f"{what} {s:.1f}" for what, s in own.items()))
+
+
+if __name__ == "__main__":
+    main()
