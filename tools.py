@@ -6,11 +6,11 @@
     run_calls  calls -> observations: text that agent.py appends for the policy to read
 
 The idea to take away: a policy that explores writes broken calls, so *nothing it writes may raise*. What is wrong with a call,
-and how to write it right, becomes its observation; the episode goes on, and the policy can learn from it. Two tools that
-environments share stand at the end: `calculator` and `Search`.
+and how to write it right, becomes its observation; the episode goes on, and the policy can learn from it. Three tools that
+environments share stand at the end: `calculator`, `Search` and `python`.
 
-Left out: processes. A time limit here abandons a thread, it cannot kill one: it may still change what it holds. Code that a model
-wrote, or a tool that may crash the interpreter, belongs in a child process. And an `async def` tool must await, not block.
+Left out: killing. A time limit here abandons a thread, it cannot kill one: it may still change what it holds. A tool that may hang
+for ever or crash the interpreter belongs in a child process, as `python` shows. And an `async def` tool must await, not block.
 
 Run it alone: `python tools.py`. Copy it alone: it needs the standard library (SQLite with FTS5) and one helper of transformers.
 """
@@ -25,13 +25,19 @@ import inspect
 import json
 import math
 import operator
+import os
+import platform
 import re
+import select
+import shutil
 import sqlite3
+import struct
+import subprocess
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from transformers.utils import get_json_schema
 
@@ -501,6 +507,168 @@ class Search:
             ranked = "SELECT rowid FROM docs WHERE docs MATCH ? ORDER BY bm25(docs), rowid LIMIT ?"
             rows = self._db.execute(ranked, (match, self._top)).fetchall() if match else []
         return "\n".join(self._documents[row] for (row,) in rows) or "no document matches"
+
+
+# ---- tool: python ----------------------------------------------------------------------------------------
+
+_SECONDS = 5  # for a whole call; run_calls may end it earlier
+_OUTPUT = 100_000  # bytes
+_SCRATCH = 64 * 2**20  # bytes, held in memory
+# Of each process, but for NPROC: that counts the processes and threads of a whole call, two of which are not the program's children.
+_LIMITS = {"CPU": _SECONDS, "AS": 512 * 2**20, "FSIZE": 16 * 2**20, "NOFILE": 64, "NPROC": 8, "CORE": 0, "MSGQUEUE": 0}
+
+
+async def python(code: str) -> str:
+    """Run a Python program with the standard library, for at most 5 seconds. What it prints comes back. Each run starts afresh.
+
+    Args:
+        code: The program; print what you want to know.
+
+    Returns:
+        What was printed.
+
+    Raises:
+        ChildProcessError: The program failed or was stopped; with the last ten lines it wrote, such as those of an exception.
+        RuntimeError: There is no sandbox here. The program was not run.
+
+    The program is a process of its own, in a sandbox that bubblewrap builds anew for each call, also when we are root. It cannot
+    read or write files other than those of the system's Python (read only) and a scratch folder, see or signal other processes,
+    reach a network or a socket, read our environment, gain rights, take more time, memory, processes or disk than the limits
+    above, or outlive the call, however that ends.
+
+    Not kept from it: bugs of the kernel or of bubblewrap, and what processor caches give away; 8 processes that each take their
+    share of time and memory (4 GB in all) and, for a moment, more inside the kernel, for many small files say (only a cgroup
+    would bound that); reading what lies under /usr/lib. And what it prints is untrusted, like all text of the world.
+    """
+    process, printed = _start_sandbox(code), bytearray()
+    try:
+        while len(printed) <= _OUTPUT and (block := await _read(process.stdout)):
+            printed += block
+    finally:  # also when run_calls cancels us
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            process.stdin.write(b"end")
+        # Until nobody holds the other end: then all that was inside is gone. Milliseconds, and an `await` could be cancelled, too.
+        while select.select([process.stdout], [], [], 10)[0] and os.read(process.stdout.fileno(), 2**16):
+            pass
+        process.kill()  # nobody, unless bubblewrap itself hangs
+        status = process.wait()
+        process.stdin.close(), process.stdout.close()
+    text = printed[:_OUTPUT].decode("utf-8", "replace")
+    if len(printed) > _OUTPUT:
+        why = f"stopped, for it wrote more than {_OUTPUT:,} bytes"
+    elif status == 0:
+        return text or "(nothing was printed)"
+    elif text.startswith(("bwrap: ", "setpriv: ")):
+        raise RuntimeError(f"no sandbox can be built here (bubblewrap needs user namespaces), so the program was not run: {text}")
+    else:
+        why = f"stopped after {_SECONDS} s" if status == 124 else f"exit code {status}"
+    raise ChildProcessError(f"{why}. It wrote: " + ("\n".join(text.splitlines()[-10:]) or "nothing"))
+
+
+async def _read(pipe: BinaryIO) -> bytes:
+    """What is in a pipe as soon as there is something; nothing once nobody holds its other end."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(pipe, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(pipe)
+    return os.read(pipe.fileno(), 2**16)
+
+
+def _start_sandbox(code: str) -> subprocess.Popen:
+    """Not asyncio's: cancelled while it starts, that one kills bubblewrap, whose inner half then sleeps for ever."""
+    programs = [shutil.which(name) for name in ("bwrap", "setpriv")]
+    # Not the Python we run on: it may lie in somebody's home, where the user that the program becomes must not read.
+    programs.append(shutil.which("python3", path="/usr/bin:/usr/local/bin"))
+    if None in programs or platform.machine() not in _MACHINES:
+        raise RuntimeError("model-written code runs in a sandbox only, and there is none here; the program was not run. "
+                           f"On Debian ({' or '.join(_MACHINES)}): apt-get install bubblewrap python3 util-linux")
+    with _nameless(code.encode("utf-8", "replace")) as program, _nameless(_forbid()) as rules:
+        files = program.fileno(), rules.fileno()
+        return subprocess.Popen(_sandboxed(*programs, *files), bufsize=0, cwd="/", pass_fds=files, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def _nameless(content: bytes) -> BinaryIO:
+    """An open file in memory, for a child process that is told its number."""
+    file = open(os.memfd_create("nameless"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def _supervise(limits: dict[str, int], seconds: float) -> None:
+    """Process 1 of the sandbox: with it the kernel ends all others, and the one that waits for it outside learns of it after that.
+
+    Killing from outside would leave a moment in which something inside lives on. This is run there, so it imports for itself.
+    """
+    import os
+    import resource
+    import select
+    import sys
+
+    program = os.fork()
+    if program == 0:
+        for name, value in limits.items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+        os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", "-X", "utf8", "/code.py"])
+    ended = os.pidfd_open(program)
+    ready, _, _ = select.select([0, ended], [], [], seconds)  # 0: we are told to end, or nobody is left to tell us
+    code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]) if ended in ready else 124  # as timeout(1) has it
+    os._exit(code if code >= 0 else 128 - code)  # as shells have it
+
+
+def _sandboxed(bwrap: str, setpriv: str, python: str, program: int, rules: int) -> list[str]:
+    """The command that runs the open file `program` under the seccomp `rules`."""
+    python = os.path.realpath(python)
+    libraries = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/etc/ld.so.cache")
+    return [
+        # The kernel exempts root from the limit on processes, whatever it is called inside: let it be nobody, outside too.
+        *([setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []),
+        bwrap,
+        "--unshare-all",  # processes, network, IPC, host name, cgroups of its own
+        "--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns",  # nobody, who cannot become root of a new namespace
+        "--cap-drop", "ALL", "--hostname", "sandbox", "--clearenv",
+        "--new-session",  # no terminal to type into
+        "--as-pid-1",  # see _supervise, which also ends when we are killed
+        "--seccomp", str(rules),
+        # The root is empty: no /proc, no /sys, no home, not a shell. Scratch comes first, for the rest may lie below it.
+        "--size", str(_SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp",
+        *(part for path in libraries for part in ("--ro-bind-try", path, path)),
+        "--ro-bind", python, python, "--dev-bind", "/dev/null", "/dev/null",
+        "--perms", "0444", "--ro-bind-data", str(program), "/code.py",
+        "--remount-ro", "/",  # it is a file system in memory as well, without a size
+        python, "-I", "-S", "-B", "-c", inspect.getsource(_supervise) + f"_supervise({_LIMITS}, {_SECONDS})",
+    ]  # fmt: skip
+
+
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# What namespaces and limits do not cover, by number on x86_64 and aarch64: sockets to a hypervisor; memory that belongs to no process;
+# other processes' memory, and their share of the processor (process 1 must get its own to end a call); the keys of our session; and
+# large parts of the kernel that no such program needs.
+_FORBIDDEN = {
+    "socket": (41, 198), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "memfd_create": (319, 279),
+    "memfd_secret": (447, 447), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438), "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+}  # fmt: skip
+
+
+def _forbid() -> bytes:
+    """A seccomp filter, as instructions of the kernel's packet filter: these system calls fail with "Operation not permitted"."""
+    machine = list(_MACHINES).index(platform.machine())
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # an instruction: code, lines to skip if true, if false, value
+    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
+    lines = [(load, 0, 0, 4), (equal, 1, 0, _MACHINES[platform.machine()]), (give, 0, 0, kill)]  # 32-bit calls have other numbers
+    lines += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]  # and so have those of x32
+    for numbers in _FORBIDDEN.values():
+        lines += [(equal, 0, 1, numbers[machine]), (give, 0, 0, refuse)]
+    return b"".join(struct.pack("=HBBI", *line) for line in [*lines, (give, 0, 0, allow)])
 
 
 # ---- demo ------------------------------------------------------------------------------------------------
