@@ -164,11 +164,11 @@ class Agent:
         self.env, self.rng, self.episode = env, rng or Random(seed), Episode(seed=seed)
         self.cut = False  # was the newest message cut by the length limit?
         with _world("reset"):
-            self.episode.task = env.reset(seed)
+            self.episode.task = _text(env.reset(seed))
         self.tools = tools_of(env)
         self.schemas = [schema(tool) for tool in self.tools.values()]
         with _world("beginning"):
-            self.beginning = getattr(env, "beginning", None)
+            self.beginning = _text(getattr(env, "beginning", None) or "")
         self._begin(self.episode.task)
         self._open()
 
@@ -186,7 +186,7 @@ class Agent:
         if not self._make_room():
             return self._end("context")
         with _world("state"):
-            episode.states.append(self.env.state)
+            episode.states.append(_text(self.env.state))
         out = await self.llm.generate(self.segment.ids, self.max_new_tokens, rng=self.rng, temperature=self.temperature)
         self.segment.extend(out.ids, episode.turns, out.logps)
         self.exchanges.append(list(out.ids))
@@ -209,13 +209,13 @@ class Agent:
         if not calls:
             observations = [Observation("error: your message holds no tool call and no answer", True)]
         with _world("done"):
-            done = self.env.done
+            done = bool(self.env.done)
         if done:  # nobody would read what came back: the episode ends with the policy's own token
             self.episode.tool_errors += sum(o.error for o in observations)
             took = [getattr(c, "name", "") for c, o in zip(calls, observations) if not o.error]
             return self._end("answered" if "final_answer" in took else "env_done")
         with _world("beginning"):
-            before, self.beginning = self.beginning, getattr(self.env, "beginning", None)
+            before, self.beginning = self.beginning, _text(getattr(self.env, "beginning", None) or "")
         if self.beginning != before:
             self.episode.tool_errors += sum(o.error for o in observations)
             return self._begin(self.beginning)
@@ -223,6 +223,8 @@ class Agent:
 
     def observe(self, observations: list[Observation]) -> None:
         """Append what the world says, once per message. Its tokens are never trained on."""
+        if not self.exchanges:
+            raise RuntimeError("observe answers a message, and there is none yet: what comes before the first one belongs into the task")
         self.episode.tool_errors += sum(o.error for o in observations)
         closed = self.exchanges[-1][-1:] == [self.chat.end_id]  # not if it was cut, or ended by another stop token
         ids = self.chat.observation([o.text for o in observations], closed)
@@ -245,7 +247,7 @@ class Agent:
             if not 0 <= reward <= 1:  # NaN too: one of them, and every weight of the model is NaN after the update
                 raise ValueError(f"the reward is {reward}, which is not in [0, 1]")
         with _world("behaviour"):
-            self.episode.behaviour = dict(getattr(self.env, "behaviour", {}))
+            self.episode.behaviour = {name: float(value) for name, value in getattr(self.env, "behaviour", {}).items()}
         self.episode.reward = reward
         self.episode.finish = self.episode.finish or "max_turns"  # a workflow that stopped by itself: its budget, not the task
         return self.episode
@@ -302,6 +304,12 @@ def _world(where: str):
         yield
     except Exception as e:
         raise WorldError(f"{where}: {type(e).__name__}: {e}") from e
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"want text, not {type(value).__name__}")
+    return value.encode("utf-8", "replace").decode("utf-8")  # half a character, which no tokenizer takes
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -742,10 +742,27 @@ def held_out(task: str) -> bool:
     return int(task_hash(task), 16) % 5 == 0
 
 
+def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0) -> Iterator[tuple[int, str]]:
+    """(seed, task) of the tasks to evaluate on, or of those to train on, in order of seeds from `start`.
+
+    A seed whose `reset` raises is passed over: on which side its task belongs, nobody knows. Raises EnvError after 20 in a row.
+    """
+    env, failed = factory(), 0
+    for seed in itertools.count(start):
+        try:
+            task = env.reset(seed)
+            chosen, failed = held_out(task) == evaluation, 0
+        except Exception as e:
+            chosen, failed = False, failed + 1
+            if failed == 20:
+                raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, at last {_line(e)}") from e
+        if chosen:
+            yield seed, task
+
+
 def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0) -> Iterator[int]:
-    """Seeds of the tasks to evaluate on, or of those to train on, in order from `start`."""
-    env = factory()
-    return (seed for seed in itertools.count(start) if held_out(env.reset(seed)) == evaluation)
+    """Only the seeds."""
+    return (seed for seed, _ in tasks_of(factory, evaluation, start))
 
 
 def check_env(factory: Callable[[], Env]) -> None:

@@ -126,6 +126,10 @@ class Engine:
         task.add_done_callback(self._back)
         return out
 
+    def forget(self) -> None:
+        """Be as good as new, but for `stats`."""
+        self.weights = []
+
     async def _serve(self) -> None:
         """Decode for as long as anybody waits."""
         try:

@@ -130,27 +130,28 @@ def parse(text: str, tools: Mapping[str, Callable] | Sequence[dict]) -> Message:
     """
     schemas = map(schema, tools.values()) if isinstance(tools, Mapping) else tools
     parameters = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in schemas}
-    thinking, outside, blocks, unclosed = _split(text)
+    thoughts, outside, blocks, unclosed = _split(text)
     calls = [_read_call(block.strip(), parameters) for block in blocks]
     if unclosed:
         calls[-1] = CallError("<tool_call> was opened but never closed: end the call with </tool_call>")
-    return Message(thinking.strip(), outside.strip(), calls)
+    return Message("\n".join(thoughts).strip(), outside.strip(), calls)
 
 
-def _split(text: str) -> tuple[str, str, list[str], bool]:
-    """Thinking, the text outside, the inside of each <tool_call>, and whether the last of these was left open.
+def _split(text: str) -> tuple[list[str], str, list[str], bool]:
+    """The inside of each <think>, the text outside, the inside of each <tool_call>, and whether the last of these was left open.
 
     >>> _split("<think>a<tool_call></think>b<tool_call>c</tool_call>d<tool_call>e")
-    ('a<tool_call>', 'bd', ['c', 'e'], True)
+    (['a<tool_call>'], 'bd', ['c', 'e'], True)
     """
     head, close, tail = text.partition("</think>")
     opened_by_prompt = close and "<think>" not in head
-    thinking, outside, blocks = [head if opened_by_prompt else ""], [], []
+    thoughts, outside, blocks = [[head]] if opened_by_prompt else [], [], []
     here, end = outside, None
     # One pass over literal tags: a search for the *next* <think> at each step would read the rest of the text each time.
     for piece in re.split("(</?think>|</?tool_call>)", tail if opened_by_prompt else text):
         if here is outside and piece == "<think>":
-            here, end = thinking, "</think>"
+            thoughts.append([])
+            here, end = thoughts[-1], "</think>"
         elif here is outside and piece == "<tool_call>":
             blocks.append([])
             here, end = blocks[-1], "</tool_call>"
@@ -158,7 +159,7 @@ def _split(text: str) -> tuple[str, str, list[str], bool]:
             here, end = outside, None
         else:
             here.append(piece)
-    return "".join(thinking), "".join(outside), ["".join(block) for block in blocks], end == "</tool_call>"
+    return ["".join(t) for t in thoughts], "".join(outside), ["".join(block) for block in blocks], end == "</tool_call>"
 
 
 _FORM = 'Write {"name": ..., "arguments": {...}}'

@@ -9,13 +9,15 @@
     torchrun --nproc-per-node 2 train.py             # several processes, one for each GPU
 
 A run leaves a folder runs/NAME: run.json, metrics.jsonl (a line per step), episodes.jsonl (every episode, token by token),
-checkpoints/, model/ (a Hugging Face folder), scores.json (held-out successes, task by task) and summary.json. Left out here:
-a learning-rate search, dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
+checkpoints/, model/ (a Hugging Face folder), scores.json (held-out successes, task by task) and, last of all, summary.json. It may
+be killed at any instant: resumed, it ends with the same bits as a run that never was. Left out here: a learning-rate search,
+dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
 
 Several processes do the same things in the same order, with two exceptions: each plays its share of the episodes and computes
 its share of an update, and the first one alone writes. After both they have the same episodes and the same weights.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
@@ -36,17 +39,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
-from env import ENVIRONMENTS, EnvError, check_env, demonstrator, make_env, seeds, task_hash
+from env import ENVIRONMENTS, EnvError, check_env, demonstrator, make_env, seeds, task_hash, tasks_of
 from grpo import GRPOConfig, ProcessLost, assemble, episode_rows, gather, make_rows, own_part, ranks, sharded, spread, update
 from rollout import Engine, play, small_model
 from tools import schema, tools_of
 
 RUNS = Path("runs")
 WARM_BATCH = 32  # demonstrations per update of the warm start
+KEEP = 3  # newest checkpoints that stay, beside the first
 MOST_DEMONSTRATIONS = 15000  # distinct ones; beyond that they are shown again
 EXTRA = {"maze": 2.5}  # environments shown more often than their messages are long: reading a map is learned late
 
@@ -99,14 +104,16 @@ def train(config: Config) -> None:
 
     clock, first = Clock(), ranks()[0] == 0
     run, config = gather(open_run(config))[0]  # one answer: nobody makes the folder before all have looked
+    if (run / "summary.json").exists():  # it is written last
+        print(f"{run} is finished: there is nothing to go on with")
+        return
     factories = make_envs(config)
     checkpoint = newest_checkpoint(run) if config.resume else None
     model, tokenizer = load_model(config, factories, checkpoint)
     chat, engine = make_engine(model, tokenizer, config)
     check_fit(chat, factories, config)
-    if checkpoint is None and first:  # only now: bad input leaves no folder behind
-        run.mkdir(parents=True)
-        (run / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
+    if first and not config.resume:  # only now: bad input leaves no folder behind
+        make_run(run, config)
     spread(model, config.shard)
     with sharded(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -127,8 +134,8 @@ def train(config: Config) -> None:
         state = torch.load(checkpoint / "trainer.pt", weights_only=True)
         restore(optimizer, state.pop("optimizer"))
         clock.seconds.update(state.pop("seconds"))
-        if first:
-            forget_after(run, state["step"])
+    if first:
+        forget_after(run, state["step"])
     print_scores(state["before"], "before")
     reference = load_reference(config, model, run) if config.kl_coef else None
 
@@ -176,12 +183,13 @@ def train(config: Config) -> None:
     weights = model_state(model)
     if not first:
         return
-    save_model(run / "model", model, tokenizer, weights)
+    with whole_folder(run / "model") as folder:
+        save_model(folder, model, tokenizer, weights)
     clock.start("end")
     print_scores(state["before"], "before")
     print_scores(after, "after")
-    (run / "scores.json").write_text(json.dumps({"before": state["before"], "after": after}))
-    (run / "summary.json").write_text(json.dumps(summarise(state, after, clock, config), indent=2))
+    write_json(run / "scores.json", {"before": state["before"], "after": after})
+    write_json(run / "summary.json", summarise(state, after, clock, config))
     print(f"{run}: {clock.total():.0f} s: " + ", ".join(f"{phase} {s:.0f}" for phase, s in clock.seconds.items()))
 
 
@@ -191,12 +199,17 @@ def score(config: Config) -> None:
     factories = make_envs(stored)
     stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
     folder = run / "model" if (run / "model").is_dir() else newest_checkpoint(run)
+    if folder is None:
+        raise UserError(f"{run} has no model yet: it stopped in its warm start, and --resume {run} begins that again")
     chat, engine = make_engine(*load_model(stored, factories, folder), stored)
     print_scores(evaluate(engine, chat, factories, stored), "score")
 
 
 def make_envs(config: Config) -> dict:
     """{name: factory}, each checked against the seam."""
+    twice = [spec for spec, count in Counter(config.env).items() if count > 1]
+    if twice:
+        raise UserError(f"--env names {twice[0]} twice: each has its share of the tasks already")
     factories = {spec: make_env(spec) for spec in config.env}
     for factory in factories.values():
         check_env(factory)
@@ -216,7 +229,10 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
 def load_reference(config: Config, model, run: Path):
     """The model before RL, frozen: what the KL term keeps close to."""
     gather(None)  # the first process has written it by then
-    reference = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000000", dtype=model.dtype)
+    start = run / "checkpoints" / "step-000000"
+    if damage(start):
+        raise UserError(f"{start} is damaged ({', '.join(damage(start))}), and the KL term is to it: begin anew under another name")
+    reference = AutoModelForCausalLM.from_pretrained(start, dtype=model.dtype)
     return reference.to(model.device).requires_grad_(False)
 
 
@@ -226,8 +242,12 @@ def load_reference(config: Config, model, run: Path):
 
 def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple[str, int]], step: int | str, size: int = 0,
              temperature: float | None = None) -> list[Episode]:
-    """`size` attempts at each (environment, seed), in that order. Every attempt has a random stream of its own."""
+    """`size` attempts at each (environment, seed), in that order. Every attempt has a random stream of its own.
+
+    So there is no random state to save: what a step does follows from its number, the weights and the cursor.
+    """
     size = size or config.group_size
+    llm.forget()  # what it read in the step before, a resumed run has never read
 
     def start(group: int, spec: str, seed: int, member: int):
         async def attempt() -> Episode:
@@ -239,7 +259,10 @@ def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple
 
         return attempt
 
-    return play_together([start(g, spec, seed, m) for g, (spec, seed) in enumerate(tasks) for m in range(size)], llm.slots, size)
+    episodes = play_together([start(g, spec, seed, m) for g, (spec, seed) in enumerate(tasks) for m in range(size)], llm.slots, size)
+    if all(e.error for e in episodes):  # or a run would go on like this, learning nothing, until its steps are spent
+        raise UserError(f"the environment failed in every episode of step {step}: {episodes[0].error}")
+    return episodes
 
 
 def play_together(starts: list, at_once: int, size: int = 1) -> list[Episode]:
@@ -383,7 +406,7 @@ def load_model(config: Config, factories: dict, checkpoint: Path | None):
         raise UserError("--shard is for a model given by --model: the small one fits, and Muon needs its matrices whole")
     if not where:
         tokenizer = gather(learn_tokenizer(factories, config))[0]
-        return small_model(len(tokenizer), config.seed).to(config.device), tokenizer
+        return small_model(len(tokenizer), config.seed).to(config.device, getattr(torch, config.dtype)), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype)).to(config.device)
@@ -391,6 +414,8 @@ def load_model(config: Config, factories: dict, checkpoint: Path | None):
         reason = str(e).splitlines()[0]
         choices = "want a Hugging Face folder, a hub id, or nothing for a small one"
         raise UserError(f"no causal language model at '{where}': {choices} ({reason})") from e
+    for p in model.parameters():  # tensors of a file begin at odd addresses, where products differ in the last bit
+        p.data = p.data.clone()
     return model, tokenizer
 
 
@@ -402,20 +427,18 @@ def learn_tokenizer(factories: dict, config: Config):
     texts = [spell.tokenizer.decode(s.ids, skip_special_tokens=True)
              for e in demonstrations(spell, factories, wide, counts, start=0) for s in e.segments]
     for factory in factories.values():
-        env = factory()
-        for seed in islice(seeds(factory, evaluation=False), 50):
-            prompt = spell.prompt(env.reset(seed), [schema(t) for t in tools_of(env).values()])
-            texts.append(spell.tokenizer.decode(prompt, skip_special_tokens=True))
+        schemas = [schema(t) for t in tools_of(factory()).values()]
+        for _, task in islice(tasks_of(factory, evaluation=False), 50):
+            texts.append(spell.tokenizer.decode(spell.prompt(task, schemas), skip_special_tokens=True))
     return small_tokenizer(texts)
 
 
 def check_fit(chat: Chat, factories: dict, config: Config) -> None:
     """Raise UserError if a task cannot fit the context: better now than in an hour."""
     for spec, factory in factories.items():
-        env = factory()
-        for seed in islice(seeds(factory, evaluation=False), 20):
-            task = env.reset(seed)
-            tokens = len(chat.prompt(task, [schema(t) for t in tools_of(env).values()]))
+        schemas = [schema(t) for t in tools_of(factory()).values()]
+        for _, task in islice(tasks_of(factory, evaluation=False), 20):
+            tokens = len(chat.prompt(task, schemas))
             if tokens + config.max_new_tokens > config.context:
                 raise UserError(f"{spec}: a prompt of {tokens} tokens and a message of {config.max_new_tokens} do not fit --context "
                                 f"{config.context}; task: {task[:80]!r}")
@@ -460,9 +483,10 @@ def record(e: Episode, advantage: float, step: int, tokenizer) -> dict:
 
 
 def append(path: Path, lines: list[dict]) -> None:
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         for line in lines:  # NaN is not JSON
             file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}) + "\n")
+    sync(path)  # before the checkpoint that counts on these lines
 
 
 def interval(successes: list[int]) -> list[float]:
@@ -538,7 +562,16 @@ def read_run(name: str) -> tuple[Path, Config]:
     if not (run / "run.json").is_file():
         there = ", ".join(str(p.parent) for p in sorted(RUNS.glob("*/run.json")))
         raise UserError(f"no run at '{name}': choose from {there or '(no runs yet)'}")
-    return run, replace(Config(**json.loads((run / "run.json").read_text())["config"]), resume=name)
+    try:
+        options = Config(**json.loads((run / "run.json").read_text())["config"])
+    except (LookupError, TypeError, ValueError) as e:
+        raise UserError(f"{run / 'run.json'} does not hold the options of a run ({e})") from e
+    return run, replace(options, resume=name)
+
+
+def make_run(run: Path, config: Config) -> None:
+    with whole_folder(run) as folder:
+        (folder / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
 
 
 def save(run: Path, state: dict, clock: Clock, model, tokenizer, optimizer) -> None:
@@ -567,30 +600,101 @@ def save_model(folder: Path, model, tokenizer, weights: dict) -> None:
 
 
 def save_checkpoint(run: Path, state: dict, model, tokenizer, weights: dict) -> None:
-    """Written beside, then renamed: a checkpoint with its final name is whole."""
-    final = run / "checkpoints" / f"step-{state['step']:06d}"
+    """All that a run needs to go on, in a folder that is also the model's. Of the older ones the first and the newest stay."""
+    checkpoints = run / "checkpoints"
+    with whole_folder(checkpoints / f"step-{state['step']:06d}") as folder:
+        save_model(folder, model, tokenizer, weights)
+        torch.save(state, folder / "trainer.pt")
+        (folder / "SHA256SUMS").write_text("".join(f"{line}\n" for line in checksums(folder)))
+    for old in sorted(checkpoints.glob("step-*"))[1:-KEEP]:
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest one that is whole; None if there is none yet."""
+    found = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    for checkpoint in found:
+        damaged = damage(checkpoint)
+        if not damaged:
+            return checkpoint
+        print(f"{checkpoint} is damaged ({', '.join(damaged)}) and passed over")
+    if found:
+        raise UserError(f"{run} has no checkpoint that is whole: begin anew under another name")
+    return None
+
+
+def checksums(folder: Path) -> list[str]:
+    """A line for each file, as `sha256sum` writes it: `sha256sum -c SHA256SUMS` in the folder says what `damage` does."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.relative_to(folder)}" for path in files]
+
+
+def damage(checkpoint: Path) -> list[str]:
+    """Names of the files that are not as they were written. A flipped bit in the weights would raise nothing when they are loaded."""
+    sums = checkpoint / "SHA256SUMS"
+    written = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
+    there = checksums(checkpoint)
+    whole = any(line.endswith("  trainer.pt") for line in written)  # else the list itself was cut
+    return [line.partition("  ")[2] or sums.name for line in written if line not in there] + ([] if whole else [sums.name])
+
+
+@contextmanager
+def whole_folder(final: Path):
+    """A folder to fill, which then takes its final name: under that name it is never seen half-written, whenever the power fails."""
     partial = final.with_name(f"partial-{final.name}")
-    if final.exists():
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_model(partial, model, tokenizer, weights)
-    torch.save(state, partial / "trainer.pt")
-    os.replace(partial, final)
+    with writing(final):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                sync(path)
+            shutil.rmtree(final, ignore_errors=True)  # if there is one, it was damaged, or the run never got to its summary
+            os.replace(partial, final)
+            for parent in (final.parent, final.parent.parent):  # the names, too; the parent itself may be new
+                sync(parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # if it failed: the disk may be full
 
 
-def newest_checkpoint(run: Path) -> Path:
-    found = sorted((run / "checkpoints").glob("step-*"))
-    if not found:
-        raise UserError(f"{run} has no checkpoint yet: it stopped in its warm start; begin it anew under another name")
-    return found[-1]
+def write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(f"partial-{path.name}")
+    with writing(path):
+        partial.write_text(json.dumps(value, indent=2))
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk holds it."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def writing(path: Path):
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors each have their own way to say that a disk is full
+        free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+        raise UserError(f"cannot write {path}: {e} ({free / 1e6:.0f} MB are free). What was saved before is whole; once there is room, "
+                        "--resume goes on from there") from e
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Drop lines of steps that came after the checkpoint: they will be made again."""
-    for path in (run / "metrics.jsonl", run / "episodes.jsonl"):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    """Cut off the lines of steps that came after the checkpoint, which will be made again, and a last line that was never finished."""
+    for path in (p for p in (run / "metrics.jsonl", run / "episodes.jsonl") if p.exists()):
+        with path.open("rb+") as file:
+            whole = 0
+            for line in file:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                whole += len(line)
+            file.truncate(whole)
 
 
 class CtrlC:
@@ -603,7 +707,7 @@ class CtrlC:
     def press(self, *_) -> None:
         self.pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("Ctrl-C: finishing this step (again: stop now)")
+        os.write(2, b"\nCtrl-C: finishing this step (again: stop now)\n")  # not print: it may be what was interrupted
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -645,7 +749,7 @@ def command_line() -> None:
             dist.destroy_process_group()
     except ProcessLost as e:
         lost(e)
-    except (UserError, EnvError) as e:
+    except (UserError, EnvError, FloatingPointError) as e:  # the last one: the run has diverged, says the engine
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -144,7 +144,7 @@ GOOD = {  # name: (message, its thinking, its text, its calls)
     "no call": ("Just text.", "", "Just text.", []),
     "empty": ("", "", "", []),
     "thinking": (f"<think>\nhm\n</think>\n\n{ADD}", "hm", "", [ADDED]),
-    "thinking twice": (f"<think>a</think>b{ADD}<think>c</think>d", "ac", "bd", [ADDED]),
+    "thinking twice": (f"<think>a</think>b{ADD}<think>c</think>d", "a\nc", "bd", [ADDED]),
     "call inside thinking": (f"<think>maybe {ADD}?</think>no", f"maybe {ADD}?", "no", []),
     "thinking never closed": (f"so <think>hm {ADD}", f"hm {ADD}", "so", []),
     "opened by the prompt": (f"hm {ADD}\n</think>\n{LOOK}", f"hm {ADD}", "", [LOOKED]),

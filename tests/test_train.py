@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
 from rollout import small_model
@@ -133,22 +132,7 @@ def test_the_warm_start_s_learning_rate_rises_for_twenty_steps_and_falls_to_a_te
     assert rates == [pytest.approx([share, share]) for share in (0.05 * 0.9955, 0.91, 0.1)]
 
 
-# ---- going on ----
-
-
-def test_contract_11_a_resumed_run_ends_with_the_same_bits(finished):
-    """Two steps, a stop, a resume and two steps are four steps: weights bit by bit, metrics without a gap or a double line."""
-    folder = finished[0]
-    run = folder / "runs" / "again"
-    shutil.copytree(folder / "runs" / "whole", run)
-    shutil.rmtree(run / "checkpoints" / "step-000004")
-    shutil.rmtree(run / "model")
-    out = command(ROOT / "train.py", "--resume", "runs/again", cwd=folder)
-    assert out.returncode == 0, out.stderr
-    whole, again = (load_file(folder / "runs" / name / "model" / "model.safetensors") for name in ("whole", "again"))
-    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
-    assert [m["step"] for m in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert len(lines(run / "episodes.jsonl")) == 4 * 2 * 4
+# ---- Ctrl-C (test_resume.py has the rest of going on) ----
 
 
 def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path):
@@ -171,6 +155,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path):
 BAD = [
     (["--env", "chess"], "unknown environment 'chess': choose from calculator, lookup"),
     (["--env", "calculator:digit=2"], "NAME one of digits"),
+    (["--env", "calculator", "maze", "calculator"], "--env names calculator twice"),
     (["--env", "missing.py:Mine"], "no file missing.py"),
     (["--model", "not/a/folder"], "no causal language model at 'not/a/folder'"),
     (["--resume", "runs/none"], "no run at 'runs/none'"),

@@ -1,0 +1,378 @@
+"""train.py --resume: a run that is killed, again and again, at any instant, ends as the one that never was.
+
+Runs are children of a process that has torch loaded already (a fork server), on a disk that is slow on purpose, so that many kills
+fall into a save. The environment rewards letters, so that even an untrained model finds a gradient to follow.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+VOWELS = '''
+class Vowels:
+    """The more of the answer's letters are vowels, the better."""
+
+    def reset(self, seed: int) -> str:
+        self._answer = None
+        return f"Vowels, please. Number {seed}."
+
+    def final_answer(self, answer: str) -> str:
+        """Answer.
+
+        Args:
+            answer: Letters
+        """
+        self._answer = answer
+
+    def get_reward(self) -> float:
+        return sum(c in "aeiou" for c in self._answer or "") / max(len(self._answer or ""), 1)
+
+    @property
+    def done(self) -> bool:
+        return self._answer is not None
+
+    @property
+    def state(self) -> str:
+        return ""
+
+
+def demonstrate_vowels(env, rng):
+    yield "".join(rng.choices("abcdefgh", k=4))
+'''
+OPTIONS = ["--env", "vowels.py:Vowels", "--warmup-steps", "10", "--warmup-lr", "0.02", "--steps", "6", "--save-every", "1",
+           "--eval-tasks", "4", "--group-size", "4", "--tasks-per-step", "2", "--max-turns", "2", "--max-new-tokens", "8",
+           "--context", "240"]
+TIMES = ("seconds", "tokens_per_second")
+
+
+# ---- runs that can be killed ----
+
+
+def child(folder, words, slow=0.0, die_at="", largest_file=0):
+    """A run in a process of its own. `slow`: seconds each sync takes; `die_at`: part of the path of which a sync is its death."""
+    os.chdir(folder)
+    out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    torch.set_num_threads(1)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sync = train.sync
+
+    def watched(path):
+        time.sleep(slow)
+        if die_at and die_at in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+
+    train.sync = watched
+    train.Engine = partial(train.Engine, grace=60)  # the contract is for tools that keep within it, and this machine may be busy
+    sys.argv = ["train.py", *words]
+    train.command_line()
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(folder, words, ...) -> the process of `child`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server finds this project as pytest does
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["train", __name__])
+
+        def begin(folder, words, **options):
+            process = server.Process(target=child, args=(str(folder), words), kwargs=options)
+            process.start()
+            return process
+
+        yield begin
+
+
+def finish(process, code=0):
+    process.join(120)
+    assert process.exitcode == code
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "vowels.py").write_text(VOWELS)
+    finish(start(folder, ["--name", "whole", *OPTIONS]))
+    return folder / "runs" / "whole"
+
+
+@pytest.fixture
+def copy(whole):
+    """copy(name) -> the folder of an equal run."""
+    made = []
+
+    def another(name):
+        made.append(shutil.copytree(whole, whole.with_name(name)))
+        return made[-1]
+
+    yield another
+    for run in made:
+        shutil.rmtree(run)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(run):
+    """What is the same in every run: all but the times."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines(run / "metrics.jsonl")]
+
+
+def assert_equal(run, whole):
+    """Bit for bit: the weights, the optimizer's averages, every token of every episode, the scores."""
+    a, b = (load_file(r / "model" / "model.safetensors") for r in (run, whole))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (torch.load(r / "checkpoints" / "step-000006" / "trainer.pt", weights_only=True) for r in (run, whole))
+    averages = [s["optimizer"]["state"] for s in (a, b)]
+    assert all(torch.equal(averages[0][i][k], averages[1][i][k]) for i in averages[1] for k in averages[1][i])
+    assert [m["step"] for m in metrics(run)] == [1, 2, 3, 4, 5, 6], "neither a gap nor a double line"
+    assert metrics(run) == metrics(whole)
+    assert lines(run / "episodes.jsonl") == lines(whole / "episodes.jsonl")
+    assert (run / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+
+
+def newest(run):
+    return max((int(p.name.partition("-")[2]) for p in (run / "checkpoints").glob("step-*")), default=-1)
+
+
+def test_the_run_that_all_others_are_compared_with_learns_something(whole):
+    """Without a gradient the weights of any two runs are equal: a test of exact resume passed for months, and compared nothing."""
+    assert sum(m["grad_norm"] > 0 for m in metrics(whole)) >= 4
+    first, last = (load_file(whole / "checkpoints" / f"step-{n:06d}" / "model.safetensors") for n in (0, 6))
+    assert not any(torch.equal(first[k], last[k]) for k in first if k.endswith("proj.weight"))
+
+
+# ---- killed ----
+
+
+DEATHS = {  # where it dies: what is there then
+    "partial-torn/run.json": lambda run: not run.exists(),
+    "partial-step-000000/config.json": lambda run: not (run / "checkpoints" / "step-000000").exists(),
+    "partial-step-000002/trainer.pt": lambda run: newest(run) == 1 and len(lines(run / "metrics.jsonl")) == 2,
+    "episodes.jsonl": lambda run: newest(run) == 1 and len(lines(run / "episodes.jsonl")) == 16,
+    "partial-model/model.safetensors": lambda run: newest(run) == 6 and not (run / "model").exists(),
+    "partial-summary.json": lambda run: (run / "scores.json").exists() and not (run / "summary.json").exists(),
+}
+
+
+def test_contract_11_killed_wherever_it_writes(start, whole):
+    """Six deaths of one run: before it has a run.json, in the first save, in a later one, in a record, and in what it writes at its end."""
+    folder, run = whole.parent.parent, whole.with_name("torn")
+    for place, left in DEATHS.items():
+        finish(start(folder, ["--resume", "runs/torn"] if run.exists() else ["--name", "torn", *OPTIONS], die_at=place), -signal.SIGKILL)
+        assert left(run), place
+    finish(start(folder, ["--resume", "runs/torn"]))
+    assert_equal(run, whole)
+    assert not list(run.rglob("partial-*")), "what was half-written is gone"
+
+
+@pytest.mark.slow
+def test_contract_11_killed_at_random_moments(start, whole, capsys):
+    """At least 20 kills on a slow disk, some of them in a save. Prints how many steps were lost, and made again."""
+    rng, folder = random.Random(0), whole.parent.parent
+    kills = in_save = lost = runs = 0
+    longest = sum(json.loads((whole / "summary.json").read_text())["seconds"].values()) * 1.5
+    while kills < 20:
+        run = whole.with_name(f"killed{runs}")
+        while not (run / "summary.json").exists():
+            process = start(folder, ["--resume", f"runs/{run.name}"] if run.exists() else ["--name", run.name, *OPTIONS], slow=0.02)
+            process.join(rng.uniform(0, longest))
+            process.kill()
+            process.join()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL, (folder / "out.txt").read_text()
+            kills += 1
+            in_save += any(folder.rglob("partial-*"))
+            done = run / "metrics.jsonl"
+            lost += max(0, done.read_text().count("\n") - max(newest(run), 0)) if done.exists() else 0
+        assert_equal(run, whole)
+        runs += 1
+    with capsys.disabled():
+        print(f"\n{kills} kills of {runs} runs survived, {in_save} of them in a save; {lost} steps lost and made again")
+    assert in_save >= 3, "else no save was tested"
+
+
+def test_a_run_that_was_killed_in_its_warm_start_begins_that_again(start, whole, copy):
+    """It was to be begun anew under another name; and --eval-only scored a model of random weights."""
+    run = copy("warm")
+    for path in ("checkpoints", "model"):
+        shutil.rmtree(run / path)
+    (run / "summary.json").unlink()
+    finish(start(run.parent.parent, ["--eval-only", "runs/warm"]), 2)
+    assert "runs/warm has no model yet" in (run.parent.parent / "out.txt").read_text()
+    finish(start(run.parent.parent, ["--resume", "runs/warm"]))
+    assert_equal(run, whole)
+
+
+# ---- what is left ----
+
+
+def test_the_first_and_the_newest_checkpoints_stay(whole):
+    """A run of a week filled the disk. The first one is "before", and what the KL term is to."""
+    kept = [p.name for p in sorted((whole / "checkpoints").iterdir())]
+    assert kept == ["step-000000", "step-000004", "step-000005", "step-000006"]
+
+
+def test_lines_after_the_checkpoint_and_a_half_written_one_are_cut_off(tmp_path):
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n{"st')
+        train.forget_after(tmp_path, 2)
+        assert lines(tmp_path / name) == [{"step": 1}, {"step": 2}, {"step": 2}]
+        train.append(tmp_path / name, [{"step": 3}])
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 4')
+        train.forget_after(tmp_path, 9)
+        assert [line["step"] for line in lines(tmp_path / name)] == [1, 2, 2, 3]
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    """Of the weights it raises nothing when they are loaded, and changes the run."""
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    """What many file systems leave of a file that was not synced when the power failed."""
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt", "config.json", "tokenizer.json", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(copy, capsys, file):
+    run = copy("damaged")
+    last, before = (run / "checkpoints" / f"step-{n:06d}" for n in (6, 5))
+    whole = (last / file).read_bytes()
+    for harm in (truncate, flip_a_bit, empty, Path.unlink):
+        harm(last / file)
+        assert train.newest_checkpoint(run) == before, harm
+        out = capsys.readouterr().out
+        assert out.startswith(f"{last} is damaged (") and out.endswith(") and passed over\n")
+        assert file in out or harm is flip_a_bit and file == "SHA256SUMS", "a wrong sum looks like a wrong file"
+        (last / file).write_bytes(whole)
+    assert train.newest_checkpoint(run) == last and capsys.readouterr().out == ""
+
+
+def test_a_run_goes_on_behind_a_damaged_checkpoint(start, whole, copy):
+    """And writes it again: a folder that exists was taken for a checkpoint that is saved."""
+    run = copy("bent")
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    (run / "summary.json").unlink()
+    truncate(run / "checkpoints" / "step-000005" / "trainer.pt")
+    finish(start(run.parent.parent, ["--resume", "runs/bent"]))
+    assert "step-000005 is damaged (trainer.pt) and passed over" in (run.parent.parent / "out.txt").read_text()
+    assert_equal(run, whole)
+    assert train.damage(run / "checkpoints" / "step-000005") == []
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_with(copy):
+    run = copy("lost")
+    for checkpoint in (run / "checkpoints").iterdir():
+        truncate(checkpoint / "model.safetensors")
+    with pytest.raises(train.UserError, match="runs/lost has no checkpoint that is whole"):
+        train.newest_checkpoint(run)
+    with pytest.raises(train.UserError, match=r"step-000000 is damaged \(model.safetensors\), and the KL term is to it"):
+        train.load_reference(train.Config(), None, run)
+
+
+def test_the_checksums_are_those_that_sha256sum_reads(whole):
+    checkpoint = whole / "checkpoints" / "step-000006"
+    out = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=checkpoint, capture_output=True, text=True, check=True).stdout
+    assert {line.removesuffix(": OK") for line in out.splitlines()} == {p.name for p in checkpoint.iterdir()} - {"SHA256SUMS"}
+
+
+def test_a_finished_run_is_left_as_it_is(start, whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    finish(start(whole.parent.parent, ["--resume", "runs/whole"]))
+    assert (whole.parent.parent / "out.txt").read_text() == "runs/whole is finished: there is nothing to go on with\n"
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize("text", ["", '{"config": {"env"', "[]", "{}", '{"config": {"no such option": 1}}'])
+def test_a_run_json_that_is_not_one_gets_one_clear_line(start, whole, copy, text):
+    (copy("odd") / "run.json").write_text(text)
+    with pytest.raises(train.UserError, match="run.json does not hold the options of a run"):
+        train.read_run(str(whole.with_name("odd")))
+
+
+# ---- a full disk, Ctrl-C ----
+
+
+@pytest.mark.parametrize("how", ["file too large", "no space left"])
+def test_a_full_disk_ends_the_run_with_one_line_and_costs_no_checkpoint(start, whole, copy, how):
+    """The last whole checkpoint was overwritten, or half of a new one taken for it. And it goes on once there is room."""
+    run = copy("full")
+    for n in (5, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{n:06d}")
+    for name in ("model/model.safetensors", "summary.json"):
+        (run / name).unlink()
+    folder, words, disk = run.parent.parent, ["--resume", "runs/full"], run / "checkpoints"
+    if how == "no space left":
+        content = shutil.copytree(disk, folder / "content")
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", disk], capture_output=True).returncode:
+            shutil.rmtree(content)
+            pytest.skip("needs the right to mount a file system")
+        shutil.copytree(content, disk, dirs_exist_ok=True)
+        shutil.rmtree(content)
+    try:
+        finish(start(folder, words, largest_file=10**6 if how == "file too large" else 0), 2)
+        said = [line for line in (folder / "out.txt").read_text().splitlines() if line.startswith("train.py: ")]
+        assert len(said) == 1 and "cannot write runs/full/checkpoints/step-000005" in said[0] and "MB are free" in said[0]
+        assert how in said[0].lower() and "Traceback" not in (folder / "out.txt").read_text()
+        assert sorted(p.name for p in disk.iterdir()) == ["step-000000", "step-000004"]
+        assert train.newest_checkpoint(run) == disk / "step-000004"
+        if how == "no space left":
+            subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        finish(start(folder, words))
+        assert_equal(run, whole)
+    finally:
+        if how == "no space left":
+            subprocess.run(["umount", disk], check=True)
+
+
+def test_a_second_ctrl_c_stops_at_once(start, whole):
+    """In the middle of a step whose tools take their time: one line and no traceback, from none of the many tasks."""
+    folder = whole.parent.parent  # tasks of the warm start and of the evaluation have other seeds
+    code = VOWELS.replace("self._answer = None", "self._answer, self._wait = None, 9 * (10**6 <= seed < 10**9)")
+    code = code.replace("self._answer = answer", "time.sleep(self._wait)\n        self._answer = answer")
+    (folder / "slow.py").write_text(f"import time\n{code}")
+    process = start(folder, ["--name", "stopped", *OPTIONS, "--env", "slow.py:Vowels"])
+    out, run = folder / "out.txt", folder / "runs" / "stopped"
+    wait_for(lambda: (run / "checkpoints" / "step-000000").exists() and "RL:" in out.read_text())
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "Ctrl-C: finishing this step (again: stop now)" in out.read_text())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130 and out.read_text().endswith("train.py: stopped\n") and "Traceback" not in out.read_text()
+    assert train.newest_checkpoint(run).name == "step-000000"
+
+
+def wait_for(event, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not event():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
