@@ -59,7 +59,7 @@ def demonstrate_lengths(env, random):
 """
 RUN = dict(env=["lengths.py:Lengths"], model="model", dtype="float64", device="cpu", lr=1e-3, warmup_lr=3e-2, steps=3, warmup_steps=8,
            save_every=2, tasks_per_step=3, group_size=4, eval_tasks=3, max_new_tokens=8, max_turns=2, context=256, pack_tokens=300,
-           kl_coef=0.05)
+           kl_coef=0.05, temperature=1.0)
 WORDS = [word for key, value in RUN.items() for word in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))]
 
 
