@@ -2,7 +2,7 @@
 
     python train.py                                  # about 1M parameters, made here, learns all six tasks
     python train.py --env calculator                 # one of them
-    python train.py --model PATH_OR_HUB_ID --lr 1e-5 # any causal language model of transformers
+    python train.py --model MODEL --lr 1e-6 --warmup-lr 1e-5   # a folder or hub id: any causal language model of transformers
     python train.py --env my_env.py:MyEnv            # an environment of yours
     python train.py --resume runs/0                  # go on after a crash or Ctrl-C
     python train.py --eval-only runs/0               # score a finished run
