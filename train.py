@@ -196,11 +196,11 @@ def train(config: Config) -> None:
 def score(config: Config) -> None:
     """--eval-only: score a run's model on the held-out tasks."""
     run, stored = read_run(config.eval_only)
-    factories = make_envs(stored)
-    stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
     folder = run / "model" if (run / "model").is_dir() else newest_checkpoint(run)
     if folder is None:
         raise UserError(f"{run} has no model yet: it stopped in its warm start, and --resume {run} begins that again")
+    factories = make_envs(stored)
+    stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
     chat, engine = make_engine(*load_model(stored, factories, folder), stored)
     print_scores(evaluate(engine, chat, factories, stored), "score")
 
@@ -217,6 +217,9 @@ def make_envs(config: Config) -> dict:
 
 
 def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
+    known = model.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):  # the other way round is common: vocabularies are rounded up
+        raise UserError(f"the model knows {known} tokens and its tokenizer has {len(tokenizer)}: they do not belong together")
     try:
         chat = Chat(tokenizer)
         ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one

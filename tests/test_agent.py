@@ -455,6 +455,21 @@ def test_finish_error_when_the_environment_fails(where):
     assert "failed: " in agent.transcript(episode, TOKENIZERS["chatml"])
 
 
+@pytest.mark.parametrize(("where", "value"), [("reset", None), ("reset", b"task"), ("state", 7), ("beginning", ["task"]),
+                                              ("behaviour", {"speed": "high"}), ("behaviour", [1])])
+def test_what_is_not_of_the_right_kind_is_an_error_of_the_environment(where, value):
+    """A task that is None, now and then, went into the tokenizer; a behaviour in words, into the mean over a step. Both ended the run."""
+    members = {where: (lambda self, seed: value) if where == "reset" else value}
+    episode, _ = play(CHATS["chatml"], "yes", env=type("Odd", (Desk,), members)())
+    assert episode.finish == "error" and episode.error.startswith(f"{where}: ")
+
+
+def test_half_a_character_in_a_task_is_replaced():
+    """No tokenizer takes it, and its exception is none that anybody expects."""
+    episode, _ = play(CHATS["chatml"], "yes", env=Desk(task="Say \ud800."))
+    assert episode.success and episode.task == "Say ?."
+
+
 @pytest.mark.parametrize("reward", [float("nan"), 1.5, -1, float("inf"), None, "much"])
 def test_a_reward_out_of_range_is_an_error_of_the_environment(reward):
     """One NaN, and after the update every weight of the model was NaN."""
@@ -554,7 +569,8 @@ def hostile_text(rng, name):
     """Letters, control tokens whole, halved and nested, private characters, role headers."""
     control = SPECIAL[name] + PLAIN.get(name, []) + ["<tool_call>", "<think>"]
     parts = [*control, "<|im_<|im_end|>end|>", "<|im_" + CUT + "end|>", CUT, MARK]
-    parts += [ "\nuser\n", "<", "|>", "é", "\n\n", "\x00", " ", '"']
+    parts += ["\nuser\n", "\nassistant: ", "<", "|>", "é", "\n\n", " ", '"']
+    parts += ["\x00", "\x1b[2J", "\x08", "\x7f", "\x85", "\u200b", "\u2028", "\u202e", "\ufeff", "\U000e0001"]
     parts += [token[: len(token) // 2] for token in control] + [token[len(token) // 2 :] for token in control]
     return "a" + "".join(rng.choice(parts) for _ in range(rng.randrange(12))) + "z"
 
@@ -754,6 +770,14 @@ def test_a_workflow_that_stops_by_itself_was_truncated():
 
     episode = asyncio.run(look_once())
     assert episode.finish == "max_turns" and episode.truncated and episode.reward == 0
+
+
+def test_an_observation_needs_a_message_to_answer():
+    """Right after `start` it was an IndexError about a list that nobody outside has heard of."""
+    agent = Agent(Policy(), CHATS["chatml"])
+    agent.start(Desk())
+    with pytest.raises(RuntimeError, match="observe answers a message, and there is none yet"):
+        agent.observe([Observation("Welcome.", error=False)])
 
 
 def test_a_workflow_hears_of_a_failing_environment():

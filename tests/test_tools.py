@@ -282,33 +282,78 @@ def test_format_call_and_parse_are_inverse():
         assert parse("So: " + format_call("put", **arguments), TOOLS) == Message("", "So:", [Call("put", arguments)])
 
 
-def test_fuzz_parse_never_raises_and_invents_no_call():
-    """5,000 broken messages. A call that is returned stands in the text, letter by letter JSON, outside of <think>."""
-    rng = random.Random(1)
-    pieces = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_call", ">", "\n", "hm ", "{", "}", '"', "["]
-    pieces += ['"name"', '"arguments"', ": ", ", ", '"look"', '"add"', "{}", '{"a": 1, "b": 2}', ADD, LOOK]
-    pieces += ["NaN", "1e999", "\\", "\x00", "é", "🙂", "\ud800"]
-    decoder, calls = json.JSONDecoder(), 0
-    for _ in range(5000):
-        text = "".join(rng.choices(pieces, k=rng.randrange(1, 25)))
-        if rng.random() < 0.5:  # damage one character of a good message
-            text = ADD + text + format_call("look")
-            place = rng.randrange(len(text))
-            text = text[:place] + rng.choice(["", "{", '"', "<", text[place] * 2]) + text[place + 1 :]
-        message = parse(text, TOOLS)
-        for call in message.calls:
+# A message, as a grammar: a name stands for one of its productions, drawn at random; all else stands for itself.
+GRAMMAR = {
+    "MESSAGE": [["PART"] * n for n in range(8)],
+    "PART": [["CALL"]] * 4 + [["THOUGHT"], ["TEXT"], ["TAG"], ["OBJECT"]],
+    "THOUGHT": [["<think>", "TEXT", "CALL", "TEXT", "</think>"], ["<think>", "PART", "PART", "</think>"], ["<think>", "PART"]],
+    "CALL": [[ADD], [LOOK], ["<tool_call>", "SPACE", "OBJECT", "SPACE", "</tool_call>"]] * 3
+    + [["<tool_call>", "OBJECT"], ["<tool_call>", "OBJECT", "OBJECT", "</tool_call>"], ["<tool_call>", "CALL", "</tool_call>"]],
+    "OBJECT": [['{"name": ', "NAME", ', "arguments": ', "ARGUMENTS", "}"]] * 3
+    + [['{"arguments": ', "ARGUMENTS", ', "id": ', "VALUE", ', "name": ', "NAME", "}"], ['{"name": ', "NAME", "}"], ["VALUE"]],
+    "NAME": [['"look"'], ['"add"'], ['"put"'], ['"fly"'], ["VALUE"]],
+    "ARGUMENTS": [["{}"], ['{"a": ', "NUMBER", ', "b": ', "NUMBER", "}"], ['{"flag": true, "thing": {}, "what": ', "VALUE", "}"]],
+    "VALUE": [["NUMBER"], ["STRING"], ["null"], ["true"], ["[", "VALUE", ", ", "VALUE", "]"], ['{"a": ', "VALUE", ', "b": ', "VALUE", "}"]],
+    "NUMBER": [["0"], ["-7"], ["2.5"], ["1e999"], ["NaN"], ["-Infinity"], ["00"], ["9" * 5000], ["1E5"], ["-0.0"], ["1."]],
+    "STRING": [['"', "TEXT", '"'], ['"', "TAG", '"'], ['"\\u003ctool_call\\u003e"'], ['"\\ud800"'], ["'"], ['"']],
+    "TEXT": [[""], ["hm "], ["{"], ['"'], ["\\"], ["\n"], ["\x00"], ["é🙂"], ["\ud800"], ["<"], ["<|im_end|>"],
+             ["assistant\n"], ["TEXT", "TEXT"]],
+    "TAG": [["<tool_call>"], ["</tool_call>"], ["<think>"], ["</think>"], ["<tool_call"], ["< think>"], ["<TOOL_CALL>"], ["</", "TAG"]],
+    "SPACE": [[""], ["\n"], [" \t\r\n"], ["\u00a0"]],
+}
+
+
+def generate(rng, symbol="MESSAGE", depth=0):
+    if symbol not in GRAMMAR:
+        return symbol
+    productions = GRAMMAR[symbol] if depth < 12 else [min(GRAMMAR[symbol], key=len)]
+    return "".join(generate(rng, part, depth + 1) for part in rng.choice(productions)) if depth < 40 else ""
+
+
+def mutate(rng, text):
+    """Cut out, double, swap or overwrite a piece, as an untrained model might."""
+    a, b, c = sorted(rng.randrange(len(text) + 1) for _ in range(3))
+    piece = rng.choice(["", "{", "}", '"', "<", "<think>", "</tool_call>", "\\", "\ud800", text[a:b] * 2])
+    return rng.choice([text[:a] + text[b:], text[:a] + text[b:c] + text[a:b] + text[c:], text[:a] + piece + text[b:], text[:b]])
+
+
+def blocks_by_definition(text):
+    """(what stands between <tool_call> and the next </tool_call> or the end, was it closed?), from the left, thoughts passed over."""
+    head, closed, tail = text.partition("</think>")
+    rest = tail if closed and "<think>" not in head else text  # a thought that the prompt opened
+    found = re.finditer(r"(?s)<think>.*?(?:</think>|\Z)|<tool_call>(?P<block>.*?)(?P<end></tool_call>|\Z)", rest)
+    return [(match["block"].strip(), bool(match["end"])) for match in found if match["block"] is not None]
+
+
+def fuzz(seed, cases):
+    """Each Call is, name and arguments, the JSON object that its block of the text holds; nothing is repaired, merged or made up."""
+    rng, seen = random.Random(seed), collections.Counter()
+    for _ in range(cases):
+        text = generate(rng)
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            text = mutate(rng, text)
+        message, blocks = parse(text, SCHEMAS), blocks_by_definition(text)
+        assert len(message.calls) == len(blocks), text
+        for call, (block, closed) in zip(message.calls, blocks):
             if isinstance(call, Call):
-                calls += 1
-                found = []
-                for start in (match.start() for match in re.finditer("{", text)):
-                    try:
-                        found.append(decoder.raw_decode(text, start)[0])
-                    except ValueError:
-                        continue
-                meant = {"name": call.name, "arguments": call.arguments}
-                assert any({**one, **meant} == one for one in found if isinstance(one, dict)), (text, call)
-                TOOLS[call.name](**call.arguments)
-    assert calls > 1000
+                assert closed, text
+                pairs = json.loads(block, object_pairs_hook=list)  # as written, keys given twice among them
+                assert len(dict(pairs)) == len(pairs), text
+                found = json.loads(block)
+                assert repr(call) == repr(Call(found["name"], found["arguments"])), text  # repr: True is not 1, nor 1.0
+                inspect.signature(TOOLS[call.name]).bind(**call.arguments)
+            seen[type(call).__name__] += 1
+            if closed and f"<tool_call>\n{block}\n</tool_call>" in (ADD, LOOK):
+                seen["well-formed"] += 1
+                assert isinstance(call, Call), text
+        seen["thoughts"] += bool(message.thinking)
+    return seen
+
+
+def test_fuzz_parse_never_raises_and_invents_no_call():
+    """100,000 messages."""
+    seen = fuzz(seed=1, cases=100_000)
+    assert min(seen[kind] for kind in ("Call", "CallError", "well-formed", "thoughts")) > 10_000, seen
 
 
 HOSTILE = {
@@ -327,13 +372,19 @@ HOSTILE = {
     "arrays": "[",
     "escapes": '"\\',
     "members": '"x",',
+    "nested objects in a call": '{"a":',
+    "nested calls": '<tool_call>{"name": "put", "arguments": {"what": ',
+    "keys given twice": '"a": 1, ',
+    "digits": "9",
 }
+INSIDE = {"members": "[", "escapes": "[", "nested objects in a call": "", "keys given twice": "{", "digits": "0."}
+
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_parse_takes_linear_time(case):
     """A lazy regex `<think>.*?</think>` is quadratic on a message of open tags: one episode stalled the whole batch."""
-    prefix = "<tool_call>[" if case in ("members", "escapes") else ""
+    prefix = "<tool_call>" + INSIDE[case] if case in INSIDE else ""
 
     def seconds(size):
         text = prefix + HOSTILE[case] * (size // len(HOSTILE[case]))
@@ -492,6 +543,33 @@ for observation in asyncio.run(tools.run_calls(calls, {"wait": threading.Event()
     command = [sys.executable, "-c", script]
     out = subprocess.run(command, cwd=tmp_path, timeout=60, capture_output=True, text=True, check=True).stdout
     assert out.count("was abandoned") == 3 and "1267650600228229401496703205376" in out
+
+
+def test_contract_08_a_tool_that_forks_or_prints_without_end_hurts_nobody(tmp_path):
+    """The copy of the trainer that a fork makes ends where the tool does, silently: it answers no call and runs no second run.
+
+    What a tool prints goes to the terminal (here to nowhere), not into memory, and not into the observation.
+    """
+    script = """
+import asyncio, os, pathlib, re, sys, tools
+def fork() -> str:
+    return f"from {os.fork()}"
+def loud() -> str:
+    for _ in range(1000):
+        print("x" * 10**6)
+    return "said"
+calls = [tools.Call("fork", {}), tools.Call("loud", {})]
+forked, said = asyncio.run(tools.run_calls(calls, {"fork": fork, "loud": loud}, timeout=30))
+child = int(forked.text.split()[1])
+assert child and said.text == "said" and not forked.error
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) < 300_000
+print(f"{os.getpid()} is still one", file=sys.stderr)
+"""
+    shutil.copy(tools.__file__, tmp_path)
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, cwd=tmp_path, timeout=60, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert out.returncode == 0 and re.fullmatch(r"\d+ is still one\n", out.stderr), out.stderr
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
