@@ -1,9 +1,9 @@
-"""GRPO for agents, by hand: advantages within a group, rows packed along what they share, one update.
+"""GRPO for agents, by hand: advantages within a group, rows folded into trees, one update.
 
     episodes of one task -> advantage of each = its reward minus the group's mean
     segments             -> rows: ids, and which of them were sampled
-    rows                 -> packs: the prefix that rows have in common is computed once, and each row's own rest behind it
-    packs                -> hidden states at the sampled tokens -> linear_policy_loss -> gradients -> AdamW
+    rows                 -> trees: what rows have in common is computed once, be it a prompt or what several attempts did
+    trees                -> hidden states at the sampled tokens -> linear_policy_loss -> gradients -> AdamW
 
 Unlike PPO there is no value network: the other attempts at the same task are the baseline. Unlike the first GRPO, the
 advantage is not divided by the group's standard deviation, every token of the step weighs the same, clipping is wider
@@ -13,18 +13,20 @@ update with advantage 1 and `kind="reinforce"`.
 Several processes hold the same batch: each computes its share of the packs, and gradients are added up.
 
 Left out: a replay buffer, a critic, LoRA. Takes episodes from rollout.py (anything with `segments`, `reward`, `group`,
-`finish`, `states`, `task`); changes a model's weights; reports a dict. `python grpo.py` solves a bandit. Lift it together
-with kernels.py.
+`finish`, `states`, `task`); changes a model's weights; reports a dict. `python grpo.py` solves a bandit, `--bench [--model MODEL]`
+says where the time of an update goes. Lift it together with kernels.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +37,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logps, linear_policy_loss
 
@@ -181,14 +184,65 @@ def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[list[float]]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Packs: what rows have in common, once
 
+# A tree saves tokens, but each of its tokens looks at all others. At this size that costs as much as the rest of the layer (of the
+# small model; later for larger ones), and a pass as much as so many tokens.
+DENSE, PASS = 600, 100
+
+
+class Tree:
+    """Rows folded together: a token is one node for all rows that are the same up to it.
+
+    >>> tree = Tree()
+    >>> for ids in ([5, 6, 7], [5, 6, 8, 9]):
+    ...     tree.add(Row(ids, [2], [1.0], [0.0], 0), [1.0])
+    >>> tree.ids, tree.above, tree.positions
+    ([5, 6, 7, 8, 9], [-1, 0, 1, 1, 3], [0, 1, 2, 2, 3])
+    """
+
+    def __init__(self):
+        self.ids: list[int] = []  # a token for each node
+        self.above: list[int] = []  # the node before it, -1 for none
+        self.positions: list[int] = []  # in the rows that share it
+        self.children: dict[tuple[int, int], int] = {}  # (node above, token): node
+        self.rows: list[tuple[Row, list[float], list[int]]] = []  # with its weights, and its nodes
+
+    def add(self, row: Row, weights: list[float]) -> None:
+        nodes, node = [], -1
+        for position, token in enumerate(row.ids):
+            place = node, token
+            if place not in self.children:
+                self.children[place] = len(self.ids)
+                self.ids.append(token), self.above.append(node), self.positions.append(position)
+            node = self.children[place]
+            nodes.append(node)
+        self.rows.append((row, weights, nodes))
+
+    def shared(self, ids: list[int]) -> int:
+        """How many of a row's first tokens are here already."""
+        node = -1
+        for position, token in enumerate(ids):
+            node = self.children.get((node, token))
+            if node is None:
+                return position
+        return len(ids)
+
+    def mask(self) -> np.ndarray:
+        """[T, T]: a node attends to itself and to those above it."""
+        mask = np.eye(len(self.ids), dtype=bool)
+        for node, above in enumerate(self.above):
+            if above >= 0:
+                mask[node] |= mask[above]
+        return mask
+
 
 @dataclass
 class Pack:
-    """Rows cut at the end of their common prefix: one trunk, B branches. A branch attends to the trunk and to itself."""
+    """Trees side by side, and what is to be trained in them."""
 
-    trunk: torch.Tensor  # [1, P] the common prefix; P may be 0
-    ids: torch.Tensor  # [B, T] what follows it in each row, padded at the right
-    source: torch.Tensor  # [N] which of the P + B * T hidden states predicts a trained token; one may serve several rows
+    ids: torch.Tensor  # [B, T] a tree in each line, padded at the right
+    positions: torch.Tensor  # [B, T]
+    mask: torch.Tensor  # [B, 1, T, T] which token attends to which
+    source: torch.Tensor  # [N] which of the B * T hidden states predicts a trained token; one may serve several rows
     targets: torch.Tensor  # [N] the trained tokens
     advantages: torch.Tensor  # [N]
     weights: torch.Tensor  # [N] with the token normaliser they sum to 1 over all packs of a batch
@@ -199,105 +253,74 @@ class Pack:
 
 
 def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | str = "cpu") -> list[Pack]:
-    """Cut rows into packs that compute about `pack_tokens` tokens each. An episode is never cut: it is one sequence."""
-    by_episode = defaultdict(list)
-    for row, weights in zip(rows, token_weights(rows, config)):
-        by_episode[row.episode].append((row, weights))
-    # Neighbours should begin alike and be of one length: alike for a group's whole prompt, or only for what all tasks begin with?
-    alike = [lambda row: row.ids[: row.trained[0]], lambda row: row.ids[:32]]
-    orders = [sorted(by_episode.values(), key=lambda e, f=f: (f(e[0][0]), len(e[0][0].ids))) for f in alike]
-    cuts = [_cut(order, config.pack_tokens) for order in orders]
-    return [_pack(members, device) for members in min(cuts, key=lambda cut: sum(map(_cost, cut)))]
+    """Fold rows into trees, and lay trees of about one size side by side: at most `pack_tokens` in a pass, if one row allows it.
 
-
-def _cut(episodes: list[list], pack_tokens: int) -> list[list]:
-    """Gather episodes, in the order given, for as long as a pack may grow and together is not dearer than apart."""
-    packs = []
-    for episode in episodes:
-        together = packs[-1] + episode if packs else []
-        if packs and _cost(together) <= min(pack_tokens, _cost(packs[-1]) + _cost(episode)):
-            packs[-1] = together
-        else:
-            packs.append(episode)
-    return packs
-
-
-def common_prefix(rows: Sequence[Row]) -> int:
-    """Length of the trunk. Every branch keeps a token of its own; a row alone has no trunk.
-
-    >>> common_prefix([Row([5, 6, 7, 8], [3], [1.0], [0.0], 0), Row([5, 6, 9], [2], [1.0], [0.0], 1)])
-    2
+    A sequence that has one ratio for all its tokens is never cut.
     """
-    first, last = min(rows, key=lambda r: r.ids).ids, max(rows, key=lambda r: r.ids).ids  # all others lie between
-    most = min(len(r.ids) for r in rows) - 1 if len(rows) > 1 else 0
-    return next((i for i in range(most) if first[i] != last[i]), most)
+    sequences = defaultdict(list)
+    for number, (row, weights) in enumerate(zip(rows, token_weights(rows, config))):
+        sequences[row.episode if config.sequence_ratio else number].append((row, weights))
+    trees: list[Tree] = []
+    for sequence in sorted(sequences.values(), key=lambda s: s[0][0].ids):  # neighbours begin alike
+        if not trees or not _belongs(sequence, trees[-1], config.pack_tokens):
+            trees.append(Tree())
+        for row, weights in sequence:
+            trees[-1].add(row, weights)
+    packs: list[list[Tree]] = []
+    for tree in sorted(trees, key=lambda t: len(t.ids)):
+        if packs and _fits(tree, packs[-1], config.pack_tokens):
+            packs[-1].append(tree)
+        else:
+            packs.append([tree])
+    return [_pack(trees, device) for trees in packs]
 
 
-def _cost(members: list[tuple[Row, list[float]]]) -> int:
-    rows = [row for row, _ in members]
-    prefix = common_prefix(rows)
-    return prefix + len(rows) * (max(len(r.ids) for r in rows) - prefix)
+def _cost(tokens: int) -> float:
+    return tokens * (1 + tokens / DENSE)
 
 
-def _pack(members: list[tuple[Row, list[float]]], device: torch.device | str) -> Pack:
-    rows = [row for row, _ in members]
-    prefix = common_prefix(rows)
-    width = max(len(r.ids) for r in rows) - prefix
-    ids = [r.ids[prefix:] + [0] * (prefix + width - len(r.ids)) for r in rows]
-    # The state that predicts position p stands at p - 1: in the trunk, or in the row's own branch.
-    source = [p - 1 if p <= prefix else p - 1 + b * width for b, r in enumerate(rows) for p in r.trained]
-    floats = [[a for r in rows for a in r.advantages], [w for _, ws in members for w in ws], [x for r in rows for x in r.logps]]
-    longs = [source, [r.ids[p] for r in rows for p in r.trained], [r.episode for r in rows for _ in r.trained]]
-    source, targets, episodes = (torch.tensor(x, dtype=torch.long, device=device) for x in longs)
-    advantages, weights, logps = (torch.tensor(x, dtype=torch.float32, device=device) for x in floats)
-    return Pack(torch.tensor([rows[0].ids[:prefix]], dtype=torch.long, device=device), torch.tensor(ids, device=device),
-                source, targets, advantages, weights, logps, episodes)
+def _belongs(sequence: list[tuple[Row, list[float]]], tree: Tree, pack_tokens: int) -> bool:
+    """Is it cheaper to compute in the tree than alone?"""
+    alone = sum(len(row.ids) for row, _ in sequence)
+    size = len(tree.ids) + sum(len(row.ids) - tree.shared(row.ids) for row, _ in sequence)
+    return size <= pack_tokens and _cost(size) <= _cost(len(tree.ids)) + _cost(alone)
+
+
+def _fits(tree: Tree, pack: list[Tree], pack_tokens: int) -> bool:
+    """Is padding the others to its length cheaper than a pass of its own?"""
+    width, before = len(tree.ids), len(pack[-1].ids)
+    return (len(pack) + 1) * width <= pack_tokens and len(pack) * (_cost(width) - _cost(before)) <= PASS
+
+
+def _pack(trees: list[Tree], device: torch.device | str) -> Pack:
+    shape = len(trees), len(trees[-1].ids)  # the largest stands last
+    ids, positions, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64), np.zeros((*shape, shape[1]), dtype=bool)
+    mask[:, :, 0] = True  # of padding, whose softmax would be NaN; all others see the first token anyway
+    for b, tree in enumerate(trees):
+        n = len(tree.ids)
+        ids[b, :n], positions[b, :n], mask[b, :n, :n] = tree.ids, tree.positions, tree.mask()
+    trained = [(b * shape[1] + nodes[p - 1], row.ids[p], row.episode, *floats) for b, tree in enumerate(trees)
+               for row, weights, nodes in tree.rows for p, *floats in zip(row.trained, row.advantages, weights, row.logps)]
+    dtypes = [torch.long] * 3 + [torch.float32] * 3
+    source, targets, episodes, advantages, weights, logps = (torch.tensor(x, dtype=d, device=device) for x, d in zip(zip(*trained), dtypes))
+    ids, positions, mask = (torch.from_numpy(x).to(device) for x in (ids, positions, mask))
+    return Pack(ids, positions, mask[:, None], source, targets, advantages, weights, logps, episodes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The update
 
 
-class _Trunk:
-    """A cache, as transformers' attention layers expect one: keeps the trunk's keys and values, puts them before a branch's."""
-
-    is_compileable = False
-
-    def __init__(self):
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys, values: [1, heads, P, size] each
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-        if layer_idx == len(self.layers):
-            self.layers.append((keys, values))
-            return keys, values
-        trunk = (x.expand(keys.shape[0], -1, -1, -1) for x in self.layers[layer_idx])
-        return tuple(torch.cat(pair, dim=2) for pair in zip(trunk, (keys, values)))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx][0].shape[2] if self.layers else 0
-
-
 def hidden_states(model, pack: Pack) -> torch.Tensor:
-    """The last hidden state [N, D] before each trained token. The gradient of a branch flows into the trunk."""
-    prefix, width = pack.trunk.shape[1], pack.ids.shape[1]
-    cache, states = None, []
-    position = torch.arange(prefix + width, device=pack.ids.device)
-    causal = position <= position[:, None]  # [P + T, P + T]: row attends to column
-    if prefix:
-        cache = _Trunk()
-        states.append(model.base_model(input_ids=pack.trunk, position_ids=position[None, :prefix], past_key_values=cache,
-                                       use_cache=True, attention_mask=causal[None, None, :prefix, :prefix]).last_hidden_state)
-    branches = len(pack.ids)
-    states.append(model.base_model(input_ids=pack.ids, position_ids=position[None, prefix:].expand(branches, -1),
-                                   past_key_values=cache, use_cache=prefix > 0,
-                                   attention_mask=causal[None, None, prefix:].expand(branches, -1, -1, -1)).last_hidden_state)
-    return torch.cat([s.flatten(0, 1) for s in states])[pack.source]
+    """The last hidden state [N, D] before each trained token. The gradients of all rows that share a token meet in it."""
+    states = model.base_model(input_ids=pack.ids, position_ids=pack.positions, attention_mask=pack.mask, use_cache=False)
+    return states.last_hidden_state.flatten(0, 1)[pack.source]
 
 
-def pack_loss(model, pack: Pack, config: GRPOConfig, temperature: float = 1.0):
-    """(loss, Stats) of one pack: its share of the batch's loss."""
+def pack_loss(hidden: torch.Tensor, head: torch.Tensor, pack: Pack, config: GRPOConfig, temperature: float = 1.0):
+    """(loss, Stats) of one pack, from its hidden states [N, D] and the head [V, D]: its share of the batch's loss."""
     return linear_policy_loss(
-        hidden_states(model, pack), model.get_output_embeddings().weight, pack.targets, pack.advantages, pack.weights,
+        hidden, head, pack.targets, pack.advantages, pack.weights,
         old_logps=pack.old_logps, behavior_logps=pack.behavior_logps if config.tis_cap else None, ref_logps=pack.ref_logps,
         eps_low=config.eps_low, eps_high=config.eps_high, dual_clip=config.dual_clip, tis_cap=config.tis_cap,
         kl_coef=config.kl_coef, entropy_coef=config.entropy_coef, kind=config.kind,
@@ -312,7 +335,7 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
     `skipped` counts these; the rest of the report is of the last epoch. Of several processes each is given all rows: so every
     normaliser is that of the whole batch, and who rolled an episode out does not matter here.
     """
-    rank, world = ranks()
+    (rank, world), head = ranks(), model.get_output_embeddings().weight
     packs = make_packs(rows, config, next(model.parameters()).device)[rank::world]  # there may be none for this process
     report = {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan, "grad_norm": 0.0, "skipped": 0}
     for pack in packs if reference is not None and config.kl_coef else []:
@@ -320,22 +343,23 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
             pack.ref_logps = linear_logps(hidden_states(reference, pack), reference.get_output_embeddings().weight, pack.targets,
                                           temperature=temperature)[0]
     for _ in range(config.epochs if rows else 0):
-        model.zero_grad(set_to_none=True)
+        forget_gradients(model)
         stats, total = [], 0.0
         for pack in packs:
-            loss, stat = pack_loss(model, pack, config, temperature)
+            loss, stat = pack_loss(hidden_states(model, pack), head, pack, config, temperature)
             loss.backward()
             stats.append(stat)
             total += loss.item()
         for pack, stat in zip(packs, stats):
             pack.old_logps = stat.logps if pack.old_logps is None else pack.old_logps
         sum_gradients(model)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(masters(model), config.max_grad_norm).item()
         if math.isfinite(norm):
             with sharded(model):
                 optimizer.step()
+            follow_masters(model)
         report = {**_report(packs, stats, total), "grad_norm": norm, "skipped": report["skipped"] + int(not math.isfinite(norm))}
-    model.zero_grad(set_to_none=True)
+    forget_gradients(model)
     return report
 
 
@@ -347,6 +371,54 @@ def _report(packs: list[Pack], stats: list, loss: float) -> dict[str, float]:
     gap = logps - behavior_logps  # log(policy now / policy that sampled)
     return {"loss": sum(losses), "entropy": entropy.nanmean().item(), "ratio_max": ratio.nan_to_num(1.0).max().item(),
             "clipped": clipped.nanmean().item(), "kl": (gap.exp() - gap - 1).nanmean().item()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision and memory
+
+
+def compute_in(model, dtype: torch.dtype) -> None:
+    """From now on the model computes in `dtype`, and float32 copies of its weights are what is trained: its masters.
+
+    In bfloat16 the number after 1 is 1.008: steps of an optimizer would be rounded away, and so would sums of gradients. So
+    each pack's gradient is added to its master's, the optimizer moves masters, and the weights are these, rounded.
+    """
+    for p in model.parameters() if dtype.itemsize < 4 else ():  # parameters alone: rotary frequencies stay as they are
+        p.master = torch.nn.Parameter(p.detach().clone())
+        p.data = p.data.to(dtype)
+        p.register_post_accumulate_grad_hook(_to_master)
+
+
+@torch.no_grad()
+def _to_master(p: torch.nn.Parameter) -> None:
+    p.master.grad = p.grad.float() if p.master.grad is None else p.master.grad.add_(p.grad)
+    p.grad = None
+
+
+def masters(model) -> list[torch.nn.Parameter]:
+    """What is trained: the weights themselves, unless `compute_in` made others."""
+    return [getattr(p, "master", p) for p in model.parameters()]
+
+
+@torch.no_grad()
+def follow_masters(model) -> None:
+    for p in model.parameters():
+        if hasattr(p, "master"):
+            p.copy_(p.master)
+
+
+def forget_gradients(model) -> None:
+    for p in masters(model):
+        p.grad = None
+
+
+def recompute_layers(model) -> None:
+    """Keep only each layer's input for the backward pass, which computes the rest again: less memory, a third more products.
+
+    transformers' own checkpointing works only in its training mode, which has dropout, too.
+    """
+    for layer in model.base_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,7 +451,7 @@ def sum_gradients(model) -> None:
 
     Not torch's DDP: that takes the mean, and as many backward passes from each process, where packs are dealt as they come.
     """
-    for p in model.parameters() if dist.is_initialized() else ():
+    for p in masters(model) if dist.is_initialized() else ():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             _together(dist.all_reduce, p.grad)
@@ -399,8 +471,9 @@ def spread(model, shard: bool) -> None:
     its part. Weights and gradients are whole while tokens are sampled and packs computed: processes decode at their own pace
     and have different numbers of packs, so nothing may wait for another process in there.
     """
-    for p in model.parameters() if dist.is_initialized() else ():
+    for p in masters(model) if dist.is_initialized() else ():
         _together(dist.broadcast, p.data, 0)
+    follow_masters(model)
     if shard and dist.is_initialized():
         fully_shard(model, mesh=init_device_mesh(next(model.parameters()).device.type, (ranks()[1],)))
         model.unshard()
@@ -481,6 +554,46 @@ def _demo(steps: int = 100, questions: int = 8, group_size: int = 16, vocab: int
     return success
 
 
+def _bench(name: str, groups: int = 4, size: int = 8, prompt: int = 300, sampled: int = 64) -> None:
+    """Where the seconds of an update go, on random tokens: groups that share a prompt, every group with signal."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    small = LlamaConfig(vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+    model = AutoModelForCausalLM.from_pretrained(name) if name else LlamaForCausalLM(small)
+    rng, rows = np.random.default_rng(0), []
+    draw = lambda tokens: rng.integers(model.config.vocab_size, size=tokens).tolist()
+    for group in range(groups):
+        context = draw(prompt)
+        rows += [Row(context + draw(sampled), list(range(prompt, prompt + sampled)), [0.5 - i % 2] * sampled, [-1.0] * sampled,
+                     group * size + i) for i in range(size)]
+    packs, seconds = make_packs(rows, GRPOConfig(), model.device), defaultdict(float)
+
+    def timed(part: str, function: Callable, *args):
+        began = time.perf_counter()
+        out = function(*args)
+        seconds[part] += time.perf_counter() - began
+        return out
+
+    for _ in range(2):  # the first pass of all is slow
+        seconds.clear()
+        for pack in packs:
+            hidden = timed("forward", hidden_states, model, pack)
+            loss, _ = timed("head and loss", pack_loss, hidden, model.get_output_embeddings().weight, pack, GRPOConfig())
+            timed("backward", loss.backward)
+    total, computed = sum(seconds.values()), sum(p.ids.numel() for p in packs)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {torch.get_num_threads()} threads; {groups} groups of "
+          f"{size} rows, {prompt} + {sampled} tokens each: {total:.2f} s, {groups * size * sampled / total:,.0f} trained tokens/s")
+    print("  time      " + ", ".join(f"{part} {s / total:.0%}" for part, s in seconds.items()))
+    print(f"  packs     {computed:,} tokens computed in {len(packs)} packs; each row alone {sum(len(r.ids) for r in rows):,}")
+
+
 if __name__ == "__main__":
-    print("8 questions, 16 tokens, answers of 2 tokens: guessing is right once in 256 times")
-    _demo()
+    parser = argparse.ArgumentParser(description="A bandit, learned; or where the time of an update goes.")
+    parser.add_argument("--bench", action="store_true", help="measure instead of learning")
+    parser.add_argument("--model", default="", help="with --bench: folder or hub id of a causal language model; empty: a small one")
+    options = parser.parse_args()
+    if options.bench:
+        _bench(options.model)
+    else:
+        print("8 questions, 16 tokens, answers of 2 tokens: guessing is right once in 256 times")
+        _demo()

@@ -13,9 +13,11 @@ the others go on. Three ideas carry the file:
 
 Left out: paged memory, preemption, speculative decoding, top-k and top-p (what is sampled must be what is trained), models
 with sliding windows, recurrent layers or logits that are more than a product (`check_model` refuses them). Takes a transformers
-causal model; serves agent.py; its episodes go to grpo.py. `python rollout.py` measures tokens per second. Lift it with agent.py.
+causal model; serves agent.py; its episodes go to grpo.py. `python rollout.py` plays with 8 agents, `--bench [--model MODEL]` measures
+64. Lift it with agent.py.
 """
 
+import argparse
 import asyncio
 import itertools
 import math
@@ -28,7 +30,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from agent import Completion
 
@@ -184,7 +186,9 @@ class Engine:
         temperature = torch.tensor([r.temperature for r in requests], device=logits.device)
         tokens, logps = sample(logits, temperature, uniform)
         self.stats["sampled"] += len(requests)
-        for request, token, logp in zip(requests, tokens.tolist(), logps.tolist()):
+        sampled = torch.stack([tokens.double(), logps.double()], dim=1).tolist()  # one wait for the device, not two
+        for request, (token, logp) in zip(requests, sampled):
+            token = int(token)
             if math.isnan(logp):
                 raise FloatingPointError("the model's logits are not finite: has the run diverged?")
             request.ids.append(token)
@@ -430,35 +434,40 @@ def play(starts: list[Callable[[], Coroutine]], at_once: int) -> list:
 
 async def _talk(engine: Engine, prompt: list[int], seed: int, turns: int = 5) -> list[int]:
     """A stand-in for an agent: what it samples, answered by random tokens of a world, several times."""
-    rng, ids = Random(seed), list(prompt)
+    rng, ids, vocab = Random(seed), list(prompt), engine.head.weight.shape[0]
     for _ in range(turns):
         ids += (await engine.generate(ids, 32, rng=rng)).ids
-        ids += [rng.randrange(1024) for _ in range(12)]
+        await asyncio.sleep(0.005)  # its tool
+        ids += [rng.randrange(vocab) for _ in range(12)]
     return ids
 
 
-def _demo(agents: int = 64) -> None:
-    model = small_model(1024)
-    prompt = [Random(0).randrange(1024) for _ in range(200)]
+def _demo(model, agents: int, alone: int) -> None:
+    prompt = [Random(0).randrange(model.config.vocab_size) for _ in range(200)]
 
-    def talk(numbers) -> tuple[Engine, list[list[int]], float]:
+    def talk(numbers) -> tuple[Counter, list[list[int]], float]:
         engine = Engine(model, stop_ids=set(range(32)), context=512)
         start = time.perf_counter()
-        return engine, play([lambda n=n: _talk(engine, prompt, n) for n in numbers], agents), time.perf_counter() - start
+        return engine.stats, play([lambda n=n: _talk(engine, prompt, n) for n in numbers], agents), time.perf_counter() - start
 
     talk([0])  # the first pass of all is slow
-    engine, together, seconds = talk(range(agents))
-    single, [alone], seconds_alone = talk([17])
-    n = engine.stats
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.2f}M parameters, {torch.get_num_threads()} threads; {agents} agents of 5 turns behind one prompt of "
-          f"{len(prompt)} tokens")
-    print(f"  speed     {n['sampled'] / seconds:,.0f} sampled tokens per second; one agent alone: "
-          f"{single.stats['sampled'] / seconds_alone:,.0f}")
+    n, together, seconds = talk(range(agents))
+    single, [by_itself], seconds_alone = talk([alone])
+    parts = {name: n[name] / seconds for name in ("reading", "decoding", "waiting")}
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {model.dtype}, {model.device}, {torch.get_num_threads()} "
+          f"threads; {agents} agents of 5 turns behind one prompt of {len(prompt)} tokens")
+    print(f"  speed     {n['sampled'] / seconds:,.0f} sampled tokens per second; one agent alone: {single['sampled'] / seconds_alone:,.0f}")
+    print("  time      " + ", ".join(f"{name} {share:.0%}" for name, share in parts.items()) + f", the rest {1 - sum(parts.values()):.0%}")
     print(f"  reuse     {n['read']:,} tokens went through the model in {n['passes']} passes; without slots that outlive a turn, "
           f"{n['context'] + n['sampled'] - agents * 5:,}")
-    print(f"  streams   agent 17 alone and among {agents}: {'the same tokens' if alone == together[17] else 'DIFFERENT TOKENS'}")
+    same = "the same tokens" if by_itself == together[alone] else "DIFFERENT TOKENS"
+    print(f"  streams   agent {alone} alone and among {agents}: {same}")
 
 
 if __name__ == "__main__":
-    _demo()
+    parser = argparse.ArgumentParser(description="Many agents on one engine: speed, and where the time goes.")
+    parser.add_argument("--bench", action="store_true", help="64 agents instead of 8")
+    parser.add_argument("--model", default="", help="folder or hub id of a causal language model; empty: a small one")
+    options = parser.parse_args()
+    agents = 64 if options.bench else 8
+    _demo(AutoModelForCausalLM.from_pretrained(options.model) if options.model else small_model(1024), agents, agents // 3)

@@ -34,6 +34,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,7 +46,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
 from env import ENVIRONMENTS, EnvError, check_env, demonstrator, make_env, seeds, task_hash, tasks_of
-from grpo import GRPOConfig, ProcessLost, assemble, episode_rows, gather, make_rows, own_part, ranks, sharded, spread, update
+from grpo import (
+    GRPOConfig,
+    ProcessLost,
+    assemble,
+    compute_in,
+    episode_rows,
+    gather,
+    make_rows,
+    masters,
+    own_part,
+    ranks,
+    recompute_layers,
+    sharded,
+    spread,
+    update,
+)
 from rollout import Engine, play, small_model
 from tools import schema, tools_of
 
@@ -84,7 +100,9 @@ class Config(GRPOConfig):
     resume: str = option("", "RUN: go on where its newest checkpoint stands; the run's own options hold")
     save_every: int = option(20, "updates between checkpoints")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    dtype: str = option("float32", "of the weights: float32 or bfloat16")
+    dtype: Literal["float32", "bfloat16", "float64"] = field(default="float32", metadata={
+        "help": "to compute in; the weights that are trained are float32 at least"})
+    recompute: bool = option(False, "keep only each layer's input for the backward pass: less memory, a third more products")
     shard: bool = option(False, "several processes: each keeps a part of the optimizer's averages (for --model)")
 
     @property
@@ -116,7 +134,7 @@ def train(config: Config) -> None:
         make_run(run, config)
     spread(model, config.shard)
     with sharded(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(masters(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
           f"environments {', '.join(factories)}")
 
@@ -380,9 +398,9 @@ class Imitator:
 
     def __init__(self, model, config: Config):
         self.config = config
-        matrices = [] if config.model else [p for p in model.base_model.layers.parameters() if p.ndim == 2]
+        matrices = [] if config.model else [p for p in masters(model.base_model.layers) if p.ndim == 2]
         chosen = {id(p) for p in matrices}
-        others = [p for p in model.parameters() if id(p) not in chosen]
+        others = [p for p in masters(model) if id(p) not in chosen]
         self.parts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)]
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
@@ -404,15 +422,26 @@ class Imitator:
 
 def load_model(config: Config, factories: dict, checkpoint: Path | None):
     """(model, tokenizer): of a checkpoint, of a folder or hub id, or made here. Remote code is never run."""
-    where = checkpoint or config.model
-    if not where and config.shard:
-        raise UserError("--shard is for a model given by --model: the small one fits, and Muon needs its matrices whole")
-    if not where:
+    where, dtype = checkpoint or config.model, getattr(torch, config.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    if config.shard and (not where or dtype != wide):
+        raise UserError("--shard is for a model given by --model, in float32: the small one fits, and Muon needs its matrices whole")
+    if where:
+        model, tokenizer = read_model(where, wide)
+    else:
         tokenizer = gather(learn_tokenizer(factories, config))[0]
-        return small_model(len(tokenizer), config.seed).to(config.device, getattr(torch, config.dtype)), tokenizer
+        model = small_model(len(tokenizer), config.seed).to(wide)
+    model.to(config.device)
+    compute_in(model, dtype)
+    if config.recompute:
+        recompute_layers(model)
+    return model, tokenizer
+
+
+def read_model(where: Path | str, dtype: torch.dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype)).to(config.device)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     except (OSError, ValueError) as e:
         reason = str(e).splitlines()[0]
         choices = "want a Hugging Face folder, a hub id, or nothing for a small one"
@@ -587,7 +616,7 @@ def save(run: Path, state: dict, clock: Clock, model, tokenizer, optimizer) -> N
 
 def model_state(model) -> dict[str, torch.Tensor]:
     with sharded(model):
-        return assemble(model.state_dict(keep_vars=True))
+        return assemble({name: getattr(p, "master", p) for name, p in model.state_dict(keep_vars=True).items()})
 
 
 def restore(optimizer, state: dict) -> None:

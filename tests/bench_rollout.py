@@ -1,8 +1,8 @@
-"""Rollouts alone: sampled tokens per second here and of what transformers has, where the time goes, and how it grows with turns.
+"""Rollouts alone: sampled tokens per second here and of what transformers has, what hanging tools cost, how time grows with turns.
 
     python tests/bench_rollout.py                     # the default model
     python tests/bench_rollout.py --model MODEL       # a folder with a causal language model, in float32 (--dtype bfloat16)
-    python tests/bench_rollout.py --part growth       # one of: peers, reuse, time, growth
+    python tests/bench_rollout.py --part growth       # one of: peers, reuse, growth, hanging
 
 64 episodes of 4 turns, 50 sampled tokens a turn, each answered by 20 tokens of a world, behind a prompt of 200 tokens that groups
 of 8 have in common; then the same with a prompt of its own for each. No stop tokens: everybody samples as much. All contexts have
@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, logging  # noqa: E402
 
 from rollout import Engine, play, small_model  # noqa: E402
+from tools import Call, run_calls  # noqa: E402
 
 EPISODES, GROUP, TURNS, PROMPT, SAMPLED, WORLD = 64, 8, 4, 200, 50, 20
 
@@ -137,19 +138,6 @@ def reuse(model, rounds: int) -> None:
     against(race(steps, rounds), "kept", EPISODES * TURNS * SAMPLED)
 
 
-def where_the_time_goes(model, rounds: int) -> None:
-    stats, contexts, inside = {}, prompts(model.config.vocab_size, GROUP), []
-    parts = [model.base_model, model.get_output_embeddings()]
-    hooks = [part.register_forward_pre_hook(lambda *_: inside.append(-time.perf_counter())) for part in parts]
-    hooks += [part.register_forward_hook(lambda *_: inside.append(time.perf_counter())) for part in parts]
-    seconds = clock(lambda: here(model, contexts, stats=stats))
-    for hook in hooks:
-        hook.remove()
-    shares = {name: stats[name] / seconds for name in ("reading", "decoding", "waiting")}
-    print(f"  where {seconds:.2f} s go: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-          + f", the rest {1 - sum(shares.values()):.0%}; inside the model (CPU only) {sum(inside) / seconds:.0%}")
-
-
 def growth(model, rounds: int) -> None:
     """An episode of 16 turns may cost at most 5 times one of 4 turns: its tokens are 4 times as many."""
     for count in (1, 8):
@@ -159,7 +147,33 @@ def growth(model, rounds: int) -> None:
         print(f"  {count} at once: 16 turns cost {ratio:.2f} times as much as 4 turns", flush=True)
 
 
-PARTS = {"peers": peers, "reuse": reuse, "time": where_the_time_goes, "growth": growth}
+def hanging(model, rounds: int, limit: float = 1.0, share: float = 0.1) -> None:
+    """A tool call after each turn, of which one in ten hangs until its limit. Nobody but its own episode waits for it."""
+    vocab, contexts = model.config.vocab_size, prompts(model.config.vocab_size, GROUP)
+    toolbox = {"work": lambda: "done", "hang": lambda: time.sleep(2 * limit)}
+    calls = [[Call("hang" if Random(f"{n} {turn}").random() < share else "work", {}) for turn in range(TURNS)] for n in range(EPISODES)]
+
+    async def episode(engine: Engine, n: int, hang: bool) -> None:
+        rng, ids = Random(n), list(contexts[n])
+        for turn in range(TURNS):
+            ids += (await engine.generate(ids, SAMPLED, rng=rng)).ids
+            await run_calls([calls[n][turn] if hang else Call("work", {})], toolbox, timeout=limit)
+            ids += world(vocab, f"{n} {turn}", WORLD)
+
+    def batch(hang: bool) -> None:
+        engine = Engine(model, set(), slots=EPISODES, context=PROMPT + TURNS * (SAMPLED + WORLD))
+        play([lambda n=n: episode(engine, n, hang) for n in range(EPISODES)], EPISODES)
+
+    seconds = race({"no tool hangs": lambda: batch(False), "one in ten": lambda: batch(True)}, rounds)
+    hung = [sum(call.name == "hang" for call in episode) for episode in calls]
+    print(f"  {sum(hung)} of {EPISODES * TURNS} calls hang for {limit:.0f} s, at most {max(hung)} of an episode; one after the other "
+          f"that is {sum(hung) * limit:.0f} s")
+    against(seconds, "no tool hangs", EPISODES * TURNS * SAMPLED)
+    late = statistics.median(b - a for a, b in zip(*seconds.values()))
+    print(f"    the batch ends {late:.2f} s later", flush=True)
+
+
+PARTS = {"peers": peers, "reuse": reuse, "growth": growth, "hanging": hanging}
 
 
 def main() -> None:

@@ -16,18 +16,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bench_kernels import weigh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
 from grpo import (
     GRPOConfig,
     Row,
+    Tree,
     advantages,
-    common_prefix,
+    compute_in,
+    follow_masters,
     hidden_states,
     make_packs,
     make_rows,
+    masters,
     pack_loss,
+    recompute_layers,
     token_weights,
     turn_advantages,  # fmt: skip
     update,
@@ -103,9 +108,13 @@ def gradient(loss, model):
     return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()]).clone()
 
 
+def loss_of(model, pack, config, temperature=1.0):
+    return pack_loss(hidden_states(model, pack), model.get_output_embeddings().weight, pack, config, temperature)
+
+
 def fused(model, rows, config, temperature=1.0):
     """The loss of all packs, by grpo.py."""
-    return sum(pack_loss(model, pack, config, temperature)[0] for pack in make_packs(rows, config))
+    return sum(loss_of(model, pack, config, temperature)[0] for pack in make_packs(rows, config))
 
 
 def close(a, b, relative=1e-6):
@@ -120,7 +129,7 @@ class Watch(torch.optim.SGD):
     """Writes down the gradients it is given, and leaves the weights as they are."""
 
     def __init__(self, model):
-        super().__init__(model.parameters(), lr=0.0)
+        super().__init__(masters(model), lr=0.0)
         self.seen = []
 
     def step(self):
@@ -282,7 +291,7 @@ def test_contract_03_the_gradient_reaches_a_logit_iff_its_token_was_sampled():
         [pack] = make_packs([row], GRPOConfig(entropy_coef=0.1))
         caught = []
         handle = model.model.norm.register_forward_hook(lambda m, i, out, caught=caught: caught.append(out))
-        loss, _ = pack_loss(model, pack, GRPOConfig(entropy_coef=0.1))
+        loss, _ = loss_of(model, pack, GRPOConfig(entropy_coef=0.1))
         handle.remove()
         moved = torch.autograd.grad(loss, caught[0])[0][0].abs().sum(-1) > 0  # [T]: the state at p predicts token p + 1
         source = next(s for e in episodes for s in e.segments if s.ids is row.ids)
@@ -317,7 +326,7 @@ def test_contract_04_ratio_is_one_before_the_first_update():
     rows, _, _ = make_rows(episodes, GRPOConfig())
     for size in (1, 60, 10**6):
         for pack in make_packs(rows, GRPOConfig(pack_tokens=size)):
-            _, stats = pack_loss(model, pack, GRPOConfig(), 0.7)
+            _, stats = loss_of(model, pack, GRPOConfig(), 0.7)
             assert (stats.logps - pack.behavior_logps).abs().max() < 1e-5
             assert (stats.ratio == 1).all()
     report = update(model, Watch(model), rows, GRPOConfig(), 0.7)
@@ -369,17 +378,19 @@ def test_contract_06_split_segments_give_the_same_gradient():
 
 
 def test_packed_rows_have_the_hidden_states_and_gradients_of_rows_alone():
-    """Trunk and branches: the gradient of every branch reaches the trunk, sampled tokens inside the trunk count for each row."""
+    """Rows that part late, early, at once, and one that ends inside another: each is computed as if it were alone.
+
+    Sampled tokens in a shared part count for each of the rows."""
     model = tiny()
     shared = [3, 1, 4, 1, 5, 9]
-    rows = [Row(shared + rest, list(range(4, 6 + len(rest))), [a] * (2 + len(rest)), [0.0] * (2 + len(rest)), i)
-            for i, (rest, a) in enumerate([([2, 6], 1.0), ([5, 3, 5], -0.5), ([2], 0.25)])]
+    rows = [Row(ids, list(range(4, len(ids))), [a] * (len(ids) - 4), [0.0] * (len(ids) - 4), i) for i, (ids, a) in enumerate(
+        [(shared + [2, 6], 1.0), (shared + [2, 7, 5], -0.5), (shared, 0.25), (shared[:2] + [8, 8, 8, 9], -1.0), ([7, 7, 7, 7, 7], 0.5)])]
     config = GRPOConfig(kind="reinforce")
     [pack] = make_packs(rows, config)
-    assert pack.trunk.shape == (1, 6) and pack.ids.shape == (3, 3)
+    assert pack.ids.tolist() == [[7] * 5 + [0] * 9, [3, 1, 4, 1, 5, 9, 2, 6, 7, 5, 8, 8, 8, 9]]
     total = sum(len(r.trained) for r in rows)
     expected = loss_by_hand(model, rows, lambda r: 1 / total, lambda logp, a, _: -a * logp)
-    loss, _ = pack_loss(model, pack, config)
+    loss, _ = loss_of(model, pack, config)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert close(gradient(loss, model), gradient(expected, model))
 
@@ -391,26 +402,36 @@ def test_packs_are_bounded_keep_episodes_whole_and_share_prefixes():
     tails = [[rng.randrange(V) for _ in range(rng.randint(5, 9))] for _ in range(64)]
     rows = [Row(prompts[i // 2 % 4] + tail, [40, 42], [1.0, 1.0], [0.0, 0.0], i // 2) for i, tail in enumerate(tails)]
     config = GRPOConfig(pack_tokens=130)
-    packs, place = make_packs(rows, config), {}
-    for k, pack in enumerate(packs):
-        assert pack.trunk.shape[1] + pack.ids.numel() <= 130 or pack.episodes.unique().numel() == 1
-        for e in pack.episodes.unique().tolist():
-            assert place.setdefault(e, k) == k
-    assert sum(len(p.targets) for p in packs) == sum(len(r.trained) for r in rows)
-    computed = sum(p.trunk.shape[1] + p.ids.numel() for p in make_packs(rows, GRPOConfig(pack_tokens=10**6)))
+    for whole in (False, True):
+        packs, place = make_packs(rows, replace(config, sequence_ratio=whole)), defaultdict(set)
+        for k, pack in enumerate(packs):
+            assert pack.ids.numel() <= 130
+            for e in pack.episodes.unique().tolist():
+                place[e].add(k)
+        assert all(len(packs) == 1 for packs in place.values()) or not whole
+        assert sum(len(p.targets) for p in packs) == sum(len(r.trained) for r in rows)
+    computed = sum(p.ids.numel() for p in make_packs(rows, GRPOConfig(pack_tokens=10**6)))
     assert computed < 0.3 * sum(len(r.ids) for r in rows)
 
 
-def test_common_prefix_leaves_each_row_a_token():
-    """A row that is a prefix of another still needs a branch; a row alone has no trunk."""
+def test_a_tree_folds_what_is_the_same_and_shows_each_token_its_own_past():
+    """By hand: two rows that part, one inside another, one that is there twice."""
+    tree = Tree()
+    for ids in ([1, 2, 3], [1, 2], [1, 4, 3], [1, 2, 3]):
+        tree.add(Row(ids, [1], [1.0], [0.0], 0), [1.0])
+    assert (tree.ids, tree.above, tree.positions) == ([1, 2, 3, 4, 3], [-1, 0, 1, 0, 3], [0, 1, 2, 1, 2])
+    assert [nodes for *_, nodes in tree.rows] == [[0, 1, 2], [0, 1], [0, 3, 4], [0, 1, 2]]
+    assert tree.mask().astype(int).tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    assert [tree.shared(ids) for ids in ([1, 4, 3, 9], [2, 1], [1, 2], [1, 3])] == [3, 0, 2, 1]
 
-    def row(*ids):
-        return Row(list(ids), [1], [1.0], [0.0], 0)
 
-    assert common_prefix([row(1, 2, 3), row(1, 2, 3, 4)]) == 2
-    assert common_prefix([row(1, 2, 3)]) == 0
-    assert common_prefix([row(1, 2), row(2, 2)]) == 0
-    assert common_prefix([row(1, 2, 3, 4)] * 3) == 3
+def test_rows_that_share_nothing_are_not_forced_into_one_tree():
+    """In one tree each of their tokens would look at all others in vain; lines of one length share a pass all the same."""
+    rng = Random(0)
+    rows = [Row([i, *(rng.randrange(V) for _ in range(200))], [5], [1.0], [0.0], i) for i in range(6)]
+    [pack] = make_packs(rows, GRPOConfig())
+    assert pack.ids.shape == (6, 201)
+    assert [p.ids.shape for p in make_packs(rows, GRPOConfig(pack_tokens=500))] == [(2, 201)] * 3
 
 
 # ---- The published algorithms, end to end --------------------------------------------------------------------------------------
@@ -462,7 +483,7 @@ def test_gspo_has_one_ratio_for_an_episode_over_all_its_segments():
     for pack in packs:
         pack.old_logps = linear_logps(hidden_states(old, pack), old.get_output_embeddings().weight, pack.targets)[0]
     assert len(packs) > 1 and any(len([r for r in rows if r.episode == e]) > 1 for e in a)
-    loss = sum(pack_loss(model, pack, config)[0] for pack in packs)
+    loss = sum(loss_of(model, pack, config)[0] for pack in packs)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert close(gradient(loss, model), gradient(expected, model))
 
@@ -482,7 +503,7 @@ def test_cispo_and_reinforce_reach_the_kernel():
         packs = make_packs(rows, config)
         for pack in packs:
             pack.old_logps = pack.behavior_logps
-        loss = sum(pack_loss(model, pack, config)[0] for pack in packs)
+        loss = sum(loss_of(model, pack, config)[0] for pack in packs)
         assert close(gradient(loss, model), gradient(loss_by_hand(model, rows, lambda r: 1 / total, term), model), 1e-5)
 
 
@@ -548,7 +569,7 @@ def test_later_epochs_compare_with_the_first(monkeypatch):
     episodes = batch(12)  # the engine's log-probs are all 0 here: nonsense that must not matter
     rows, _, _ = make_rows(episodes, config)
     before, seen = copy.deepcopy(model), []
-    monkeypatch.setattr(grpo, "pack_loss", lambda m, pack, *x: seen.append((pack, pack.old_logps)) or pack_loss(m, pack, *x))
+    monkeypatch.setattr(grpo, "pack_loss", lambda h, w, pack, *x: seen.append((pack, pack.old_logps)) or pack_loss(h, w, pack, *x))
     update(model, torch.optim.SGD(model.parameters(), lr=0.5), rows, config)
     packs = len(seen) // 3
     for i, (pack, old) in enumerate(seen):
@@ -590,6 +611,100 @@ def test_the_gradient_is_scaled_down_to_the_norm():
     assert bound.seen[0].norm().item() == pytest.approx(norm / 10, rel=1e-3)
 
 
+# ---- Precision and memory ------------------------------------------------------------------------------------------------------
+
+def in_bfloat16(model):
+    compute_in(model, torch.bfloat16)
+    return model
+
+
+def test_masters_keep_the_steps_that_bfloat16_rounds_away():
+    """A weight near 1 moved by 1e-5, a thousand times: in bfloat16 it stays where it was. The masters move, and are followed."""
+    model, plain = in_bfloat16(tiny(dtype=torch.float32)), tiny(dtype=torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and {p.dtype for p in masters(model)} == {torch.float32}
+    assert all(torch.equal(m, p) for m, p in zip(masters(model), plain.parameters()))
+    norm = masters(model)[1]  # all ones
+    optimizer = torch.optim.AdamW(masters(model), lr=1e-5, weight_decay=0.0)
+    rows, _, _ = make_rows(batch(15), GRPOConfig())
+    for steps in range(1, 1001):
+        for m in masters(model):
+            m.grad = torch.ones_like(m)
+        optimizer.step()
+        follow_masters(model)
+        if steps == 10:
+            assert (norm < 1).any() and all((p == 1).all() for p in model.parameters() if p.ndim == 1)
+    assert all((p < 1).all() for p in model.parameters() if p.ndim == 1)
+    assert all(torch.equal(m.bfloat16(), p) for m, p in zip(masters(model), model.parameters()))
+    assert update(model, optimizer, rows, GRPOConfig())["skipped"] == 0
+
+
+def test_gradients_gather_in_the_masters():
+    """One row a pack: the sum of all is in float32, and near that of a float32 model; nothing stays behind in bfloat16."""
+    rows, _, _ = make_rows(batch(16), GRPOConfig())
+    model, plain, config = in_bfloat16(tiny(dtype=torch.float32)), tiny(dtype=torch.float32), GRPOConfig(epochs=1, pack_tokens=1)
+    seen = []
+    for each in (model, plain):
+        watch = Watch(each)
+        update(each, watch, rows, config)
+        seen += watch.seen
+    assert seen[0].dtype == torch.float32 and seen[0].norm() > 0
+    assert torch.cosine_similarity(seen[0], seen[1], dim=0) > 0.99
+    assert all(p.grad is None for p in [*model.parameters(), *masters(model)])
+
+
+def test_rotary_frequencies_stay_in_float32():
+    """`model.to(bfloat16)` rounds them, too: at position 1,000 an angle is then off by several radians."""
+    model = in_bfloat16(tiny(dtype=torch.float32))
+    assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("pack_tokens", [1, 10**6])
+def test_layers_may_be_computed_again(pack_tokens):
+    """The gradient is the same, bit for bit, and what is kept for it is less."""
+    rows, _, _ = make_rows(batch(17), GRPOConfig())
+    config, seen, peaks = GRPOConfig(pack_tokens=pack_tokens), [], []
+    for again in (False, True):
+        model = wide()
+        if again:
+            recompute_layers(model)
+        watch = Watch(model)
+        peaks.append(weigh(lambda model=model, watch=watch: update(model, watch, rows, config) and (), cuda=False))
+        seen.append(watch.seen)
+    assert all(torch.equal(a, b) for a, b in zip(*seen)) and len(seen[0]) == 3
+    assert pack_tokens == 1 or peaks[1] < 0.5 * peaks[0], peaks
+
+
+def wide(vocab=V, layers=6):
+    """Of several layers, so that activations outweigh gradients."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,
+                                        intermediate_size=64, tie_word_embeddings=True))
+
+
+def peak(vocab=V, size=8, answer=20, prompt=200):
+    """Bytes of an update at their peak, beyond weights and gradients."""
+    rng, model = Random(0), wide(vocab)
+    common = [rng.randrange(V) for _ in range(prompt)]
+    rows = [Row(common + [rng.randrange(V) for _ in range(answer)], list(range(prompt, prompt + answer)), [1.0 - 2 * (i % 2)] * answer,
+                [-1.0] * answer, i) for i in range(size)]
+    gradients = sum(p.nbytes for p in model.parameters())
+    return weigh(lambda: update(model, Watch(model), rows, GRPOConfig(epochs=1, pack_tokens=10**6)) and (), cuda=False) - gradients
+
+
+def test_memory_of_an_update_does_not_grow_with_vocabulary_times_tokens():
+    """The logits of 1,600 tokens and their softmax take 12,800 bytes for each word of the vocabulary. Here a word costs a chunk of
+    256 rows at the most, and its two gradients while they are added up, however many tokens are trained."""
+    per_word = (peak(vocab=20_000, size=80) - peak(vocab=10_000, size=80)) / 10_000
+    assert per_word < 4 * 256 + 5 * 4 * 16
+
+
+def test_memory_of_an_update_grows_with_the_own_tokens_of_the_members():
+    """With the size of a group, not with size times prompt: 16 more rows cost what 16 x 20 tokens cost, not 16 x 220."""
+    more = (peak(size=24) - peak(size=8)) / (16 * 20)
+    alone = peak(size=1, prompt=1, answer=320) / 320
+    assert more < 3 * alone
+
+
 def test_options_explain_themselves():
     """train.py shows these on its command line."""
     assert all(f.metadata.get("help") for f in fields(GRPOConfig))
@@ -597,12 +712,14 @@ def test_options_explain_themselves():
 
 # ---- Learning ------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"divide_by_std": True, "normaliser": "episode"},
                                      {"leave_one_out": True, "sequence_ratio": True}, {"kind": "cispo", "epochs": 2}], ids=str)
-def test_a_perfectible_set_is_perfected(options):
+def test_a_perfectible_set_is_perfected(options, dtype):
     """2510.26788: what a model can already do now and then, a correct trainer brings above 95 %. Six questions, 12 answers."""
     model, config = tiny(dtype=torch.float32), GRPOConfig(entropy_coef=0.01, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    compute_in(model, dtype)
+    optimizer = torch.optim.AdamW(masters(model), lr=5e-3, weight_decay=0.0)
     questions = torch.arange(6)
 
     def policy():

@@ -186,6 +186,17 @@ def test_contract_11_killed_wherever_it_writes(start, whole):
     assert not list(run.rglob("partial-*")), "what was half-written is gone"
 
 
+def test_contract_11_in_bfloat16_checkpoints_hold_the_masters(start, whole):
+    """Weights saved as they are computed with lose all that was learned in steps too small for them."""
+    folder, words = whole.parent.parent, [*OPTIONS, "--dtype", "bfloat16", "--recompute", "true"]
+    finish(start(folder, ["--name", "sixteen", *words]))
+    finish(start(folder, ["--name", "sixteen-torn", *words], die_at="partial-step-000004/trainer.pt"), -signal.SIGKILL)
+    finish(start(folder, ["--resume", "runs/sixteen-torn"]))
+    assert_equal(whole.with_name("sixteen-torn"), whole.with_name("sixteen"))
+    weights = load_file(whole.with_name("sixteen") / "model" / "model.safetensors")
+    assert all(x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float()) for x in weights.values())
+
+
 @pytest.mark.slow
 def test_contract_11_killed_at_random_moments(start, whole, capsys):
     """At least 20 kills on a slow disk, some of them in a save. Prints how many steps were lost, and made again."""

@@ -157,7 +157,7 @@ def test_contract_04_sampling_logps_are_those_of_a_plain_pass(slots):
 
 @pytest.mark.parametrize("pack_tokens", [1, 150, 100_000])
 def test_contract_04_packed_logps_are_those_of_sampling(pack_tokens):
-    """What the update computes for a pack of rows (trunk and branches) is what the engine sampled with: the ratio is 1."""
+    """What the update computes for rows in trees is what the engine sampled with: the ratio is 1."""
     eng = engine(slots=6)
     prompts = [tokens(20) + tokens(n, n) for n in (5, 30)]
     segments = play([lambda p=p, m=m: talk(eng, p, m, temperature=0.7) for p in prompts for m in range(4)], 8)
@@ -507,5 +507,5 @@ def test_the_heads_of_a_small_model_begin_by_copying():
 
 def test_the_demo_keeps_its_promise(capsys):
     """`python rollout.py` says that an episode is the same alone and in company."""
-    rollout._demo(agents=24)
+    rollout._demo(small_model(1024), agents=24, alone=17)
     assert "the same tokens" in capsys.readouterr().out
