@@ -2,11 +2,13 @@
 
 Agents are coroutines. Each asks for tokens when it wants some; the engine decodes for all that are waiting, one token each
 per pass through the model. A row that is finished gives its place to the next at once, and while an agent waits for a tool
-the others go on. Three ideas carry the file:
+the others go on. Four ideas carry the file:
 
     slots        The keys and values of a context stay in a slot. A request starts from the slot that holds the longest
                  prefix of it: its own last turn, or somebody else's copy of the same prompt. One rule covers turns, groups,
                  shared instructions and rewritten histories; losing a slot costs time, never correctness.
+    twins        Requests with the very same context are computed once, for as long as they sample the same. A group's attempts
+                 often do, the more so the better the policy knows what to do.
     streams      Each episode samples from a random stream of its own, so it does not depend on its neighbours.
     grace        Agents that were answered in one step get a short time to come back before the next one. Quick tools thus
                  always rejoin at the same step, and a run can be repeated.
@@ -75,6 +77,7 @@ class Request:
     future: asyncio.Future
     logps: list[float] = field(default_factory=list)
     slot: int = -1
+    leader: "Request | None" = None  # the twin that is computed; None: itself
 
 
 class Engine:
@@ -95,7 +98,7 @@ class Engine:
         self.held = np.full((slots, context), -1, dtype=np.int64)  # the tokens whose keys and values are in a slot; -1: none
         self.length = np.zeros(slots, dtype=np.int64)  # how many these are
         self.used = np.zeros(slots, dtype=np.int64)  # when a slot was last used, in steps
-        self.active: list[Request] = []  # in a slot, being continued
+        self.active: list[Request] = []  # being continued: in a slot, or behind a leader
         self.waiting: list[Request] = []
         self.clock = 0
         self.weights: list = []  # what the keys and values were computed with
@@ -170,7 +173,7 @@ class Engine:
         if not self.active:
             self._forget_if_trained()
         self.clock += 1
-        decoding, began = list(self.active), time.perf_counter()
+        decoding, began = [r for r in self.active if not r.leader], time.perf_counter()
         while wave := self._admit():
             for part in self._alike(wave):
                 self._advance(part)
@@ -179,25 +182,49 @@ class Engine:
             self._advance(decoding)
         self.stats.update(steps=1, reading=read - began, decoding=time.perf_counter() - read)
 
-    def _advance(self, requests: list[Request]) -> None:
-        """Feed what a request's slot does not hold yet, sample the next token, retire what is finished."""
-        logits = self._forward(requests)  # [B, V]
+    def _advance(self, leaders: list[Request]) -> None:
+        """Feed what their slots do not hold yet, sample the next token for each and for its twins, retire who is finished."""
+        families = {leader: [leader] for leader in leaders}
+        for request in self.active:
+            if request.leader in families:
+                families[request.leader].append(request)
+        requests = [r for family in families.values() for r in family]
+        logits = self._forward(leaders)  # [B, V]
+        if len(requests) > len(leaders):
+            logits = logits[[row for row, family in enumerate(families.values()) for _ in family]]
         uniform = torch.tensor([r.rng.random() for r in requests], dtype=torch.float64, device=logits.device)
         temperature = torch.tensor([r.temperature for r in requests], device=logits.device)
         tokens, logps = sample(logits, temperature, uniform)
         self.stats["sampled"] += len(requests)
         sampled = torch.stack([tokens.double(), logps.double()], dim=1).tolist()  # one wait for the device, not two
         for request, (token, logp) in zip(requests, sampled):
-            token = int(token)
             if math.isnan(logp):
                 raise FloatingPointError("the model's logits are not finite: has the run diverged?")
-            request.ids.append(token)
+            request.ids.append(int(token))
             request.logps.append(logp)
             if token in self.stop_ids or len(request.logps) == request.limit:
-                finish = "stop" if token in self.stop_ids else "length"
-                self.active.remove(request)
-                out = Completion(request.ids[request.prompt :], request.logps, finish)
-                request.future.done() or request.future.set_result(out)
+                self._retire(request, "stop" if token in self.stop_ids else "length")
+        self._part(families)
+
+    def _retire(self, request: Request, finish: str) -> None:
+        self.active.remove(request)
+        out = Completion(request.ids[request.prompt :], request.logps, finish)
+        request.future.done() or request.future.set_result(out)
+
+    def _part(self, families: dict[Request, list[Request]]) -> None:
+        """Twins that sampled another token than their leader go on behind a new one, with a copy of its keys and values."""
+        copies, active = [], set(self.active)
+        for leader, family in families.items():
+            by_token = {leader.ids[-1]: leader} if leader in active else {}
+            for request in (r for r in family[1:] if r in active):
+                request.leader = by_token.get(request.ids[-1])
+                if not request.leader:
+                    by_token[request.ids[-1]] = request
+                    request.slot = min(self._free(), key=lambda s: (self.used[s], s))
+                    self._hold(request.slot, leader.ids[:-1])
+                    self.used[request.slot] = self.clock
+                    copies.append((leader.slot, request.slot, len(leader.ids) - 1))
+        self.cache.copy(copies)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Slots
@@ -205,25 +232,30 @@ class Engine:
     def _admit(self) -> list[Request]:
         """Give slots to waiting requests, and to each the longest prefix of its context that some slot holds.
 
-        A request that shares more with one of this very wave than with any slot waits for the next wave: a prompt that a
-        group has in common is read once, and the others copy its keys and values.
+        Of several with the same context the first leads, the others follow. A request that shares more with one of this very
+        wave than with any slot waits for the next wave: what they have in common is read once, and copied.
         """
         wave: list[Request] = []
         if not self.waiting:
             return wave
         read = np.full((self.slots, self.context), -1)  # contexts of the wave, a row each
         copies: dict[int, tuple[int, int]] = {}  # to slot: from slot, tokens
+        leaders: dict[bytes, Request] = {}  # by their context
         for request in sorted(self.waiting, key=lambda r: r.order):
+            if len(self.active) == self.slots:  # one for each, should twins part
+                break
             ids = np.array(request.ids)
+            request.leader = leaders.get(ids.tobytes())
+            if request.leader:
+                self.waiting.remove(request)
+                self.active.append(request)
+                continue
             shared = _common_prefix(self.held[:, : len(ids)], ids)  # [slots]
             # One token at least must be fed, to have something to predict from.
             best = min(int(shared.max()), len(ids) - 1)
             if wave and min(_common_prefix(read[: len(wave)], ids).max(), len(ids) - 1) >= best + WORTH_WAITING:
                 continue
-            busy = {r.slot for r in self.active}
-            free = [s for s in range(self.slots) if s not in busy]
-            if not free:
-                break
+            free = self._free()
             # Go on in a slot only if all it holds is ours: the rest may be somebody's who is waiting for a tool.
             own = [s for s in free if shared[s] == self.length[s] and min(shared[s], len(ids) - 1) == best]
             request.slot = own[0] if own else min(free, key=lambda s: (self.used[s], s))
@@ -231,15 +263,24 @@ class Engine:
                 source = int(shared.argmax())
                 source = copies[source][0] if source in copies else source  # what it is about to receive is still there
                 copies[request.slot] = source, best
-                self.held[request.slot, :best] = ids[:best]
-            self.held[request.slot, best:] = -1
-            self.length[request.slot] = best
+            self._hold(request.slot, ids[:best])
             self.waiting.remove(request)
             self.active.append(request)
             read[len(wave), : len(ids)] = ids
             wave.append(request)
+            leaders[ids.tobytes()] = request
         self.cache.copy([(source, target, n) for target, (source, n) in copies.items()])
         return wave
+
+    def _free(self) -> list[int]:
+        busy = {r.slot for r in self.active}
+        return [slot for slot in range(self.slots) if slot not in busy]
+
+    def _hold(self, slot: int, ids: list[int] | np.ndarray) -> None:
+        """Note that a slot has the keys and values of these tokens, and of no others."""
+        self.held[slot, : len(ids)] = ids
+        self.held[slot, len(ids) :] = -1
+        self.length[slot] = len(ids)
 
     def _alike(self, wave: list[Request]) -> list[list[Request]]:
         """Cut a wave by what is to be read: a turn's few new tokens are not to be padded to the length of a whole prompt."""
@@ -250,10 +291,15 @@ class Engine:
         return [list(part) for _, part in itertools.groupby(sorted(wave, key=new), key=lambda r: max(new(r), 31).bit_length())]
 
     def _drop(self, request: Request) -> None:
-        """Forget a request whose agent no longer waits for it (it was answered, or cancelled)."""
+        """Forget a request whose agent no longer waits for it (it was answered, or cancelled). A twin inherits its slot."""
         for queue in (self.waiting, self.active):
             if request in queue:
                 queue.remove(request)
+        twins = [r for r in self.active if r.leader is request]
+        for twin in twins:
+            twin.leader = twins[0] if twin is not twins[0] else None
+        if twins:
+            twins[0].slot = request.slot
 
     def _forget_if_trained(self) -> None:
         parameters = list(self.model.parameters())

@@ -57,7 +57,8 @@ def engine(model=None, stop=(), **options):
 
 
 def tokens(n, seed=0):
-    return [Random(seed).randrange(V) for _ in range(n)]
+    rng = Random(seed)
+    return [rng.randrange(V) for _ in range(n)]
 
 
 async def talk(eng, prompt, seed, turns=3, new=6, world=4, temperature=1.0):
@@ -193,12 +194,43 @@ def test_contract_05_an_episode_does_not_depend_on_its_neighbours():
 
 # ---- Slots ---------------------------------------------------------------------------------------------------------------------
 
-def test_a_shared_prompt_is_read_once():
-    """Tokens through the model: the prompt once, one for each of the group's others, then one for each token but the last."""
+def test_every_context_goes_through_the_model_once():
+    """Eight attempts at one task: their prompt is read once, and what several of them sample alike is computed for one of them."""
     eng = engine()
-    play([lambda m=m: eng.generate(tokens(40), 5, rng=Random(m)) for m in range(8)], 8)
+    outs = play([lambda m=m: eng.generate(tokens(40), 5, rng=Random(m), temperature=0.3) for m in range(8)], 8)
+    fed = {tuple(out.ids[:n]) for out in outs for n in range(5)}
     counts = {name: eng.stats[name] for name in ("steps", "passes", "context", "read", "sampled")}
-    assert counts == {"steps": 5, "passes": 2 + 4, "context": 8 * 40, "read": 40 + 7 + 8 * 4, "sampled": 8 * 5}
+    assert counts == {"steps": 5, "passes": 5, "context": 8 * 40, "read": 40 + len(fed) - 1, "sampled": 8 * 5}
+    assert 5 + 1 < len(fed) < 1 + 8 * 4, "some went together, some parted"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("limits", [[9] * 8, [1, 9, 4, 9, 9, 2, 6, 9]], ids=["one limit", "many"])
+def test_twins_get_what_each_would_get_alone(temperature, limits):
+    """They part when they sample differently, when one may write less, when it has met a stop token. The first is the leader."""
+    stops, limit = {3, 4}, dict(enumerate(limits))
+    eng = engine(stop=stops)
+    outs = play([lambda m=m: eng.generate(tokens(30), limit[m], rng=Random(m), temperature=temperature) for m in range(8)], 8)
+    for m, out in enumerate(outs):
+        ids, logps = plain(tokens(30), limit[m], m, temperature, stop=stops)
+        assert out.ids == ids and out.logps == pytest.approx(logps, abs=1e-5)
+
+
+def test_a_twin_goes_on_when_its_leader_is_cancelled():
+    """The leader's agent gives up in the middle of a message: its slot is inherited by those that went along with it."""
+    eng = engine()
+
+    async def scenario():
+        leader, *others = [asyncio.ensure_future(eng.generate(tokens(30), 12, rng=Random(m), temperature=0.0)) for m in range(4)]
+        while eng.stats["sampled"] < 8:
+            await asyncio.sleep(0)
+        assert [r.leader is None for r in eng.active] == [True, False, False, False]
+        leader.cancel()
+        return await asyncio.gather(*others)
+
+    ids = {tuple(out.ids) for out in asyncio.run(scenario())}
+    assert ids == {tuple(asyncio.run(engine().generate(tokens(30), 12, rng=Random(0), temperature=0.0)).ids)}
+    assert eng.stats["read"] == 30 + 11
 
 
 def test_a_turn_costs_its_new_tokens_only():
