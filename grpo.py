@@ -186,7 +186,7 @@ def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[list[float]]:
 
 # A tree saves tokens, but each of its tokens looks at all others. At this size that costs as much as the rest of the layer (of the
 # small model; later for larger ones), and a pass as much as so many tokens.
-DENSE, PASS = 600, 100
+DENSE, PASS = 300, 100
 
 
 class Tree:

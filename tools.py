@@ -15,6 +15,7 @@ for ever or crash the interpreter belongs in a child process, as `python` shows.
 Run it alone: `python tools.py`. Copy it alone: it needs the standard library (SQLite with FTS5) and one helper of transformers.
 """
 
+import _thread
 import ast
 import asyncio
 import collections
@@ -353,7 +354,7 @@ def _start_thread(produce: Callable[[], str]) -> asyncio.Future:
             loop.call_soon_threadsafe(deliver, observation)
 
     try:
-        threading.Thread(target=work, daemon=True, name="tool").start()
+        _thread.start_new_thread(work, ())  # not threading.Thread: its start waits until the thread runs, and the loop with it
     except RuntimeError as error:  # the system gives no more threads, such as when abandoned ones hold them all
         deliver(_failed(error))
     return future
