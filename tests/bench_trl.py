@@ -3,6 +3,7 @@
     pip install -r tests/requirements-peers.txt
     python tests/bench_trl.py MODEL            # a folder with a chat model; it is trained in float32 on both sides
     python tests/bench_trl.py MODEL --small    # 4 layers, 128 wide, random weights, with the tokenizer and vocabulary of MODEL
+    python tests/bench_trl.py MODEL --dtype bfloat16    # this side computes in it, with float32 masters; TRL stays in float32
 
 A step: 4 tasks, 8 attempts each, 64 sampled tokens in every attempt, prompts that carry the schema of a tool, one update. Both
 sides get the same prompt tokens (asserted), AdamW, no KL term, no gradient checkpointing, and rewards that do not depend on what
@@ -82,15 +83,16 @@ def here(options, pipe) -> None:
     import torch
 
     from agent import Agent, Chat
-    from grpo import GRPOConfig, make_rows, update
+    from grpo import GRPOConfig, compute_in, make_rows, masters, update
     from rollout import Engine, play
 
     model, tokenizer = load(options)
     chat, config = Chat(tokenizer), GRPOConfig(epochs=1)
     engine = Engine(model, set(), slots=TASKS * GROUP, context=1024)  # no stop tokens: every attempt has its 64
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    compute_in(model, getattr(torch, options.dtype))
+    optimizer = torch.optim.AdamW(masters(model), lr=1e-6, weight_decay=0.0)
 
-    def step(silent: int, number: int) -> list[int]:
+    def step(silent: int, number: int) -> tuple[list[int], float]:
         def start(n: int):
             agent = Agent(engine, chat, max_turns=1, max_new_tokens=TOKENS, context=1024)
             return agent.run(Archive(n, silent), n // GROUP, Random(f"{number} {n}"))
@@ -99,15 +101,15 @@ def here(options, pipe) -> None:
         for n, e in enumerate(episodes):
             e.group = n // GROUP
         rows, _, _ = make_rows(episodes, config)
-        update(model, optimizer, rows, config)
+        report = update(model, optimizer, rows, config)
         assert all(sum(e.segments[0].sampled) == TOKENS for e in episodes)
-        return [e.segments[0].ids[: e.segments[0].sampled.index(True)] for e in episodes[::GROUP]]
+        return [e.segments[0].ids[: e.segments[0].sampled.index(True)] for e in episodes[::GROUP]], report["kl"]
 
     pipe.send("ready")
     for number, silent in enumerate(iter(pipe.recv, None)):
         began = time.perf_counter()
-        prompts = step(silent, number)
-        pipe.send((time.perf_counter() - began, peak_memory(), prompts))
+        prompts, kl = step(silent, number)
+        pipe.send((time.perf_counter() - began, peak_memory(), prompts, kl))
 
 
 def there(options, pipe) -> None:
@@ -163,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("--small", action="store_true", help="a small random model with its vocabulary")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in, on this side")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each side in each race, after one to warm up")
     options = parser.parse_args()
     context, pipes = multiprocessing.get_context("spawn"), {}
@@ -193,7 +196,8 @@ def main() -> None:
         for name, s in seconds.items():
             print(f"  {title:24} {name:5} {statistics.median(s):8.2f} s ({min(s):.2f}, {max(s):.2f})  {results[name][-1][1]:8,.0f} MB",
                   flush=True)
-        print(f"  {title:24} TRL takes {ratio:.1f} times as long (median of the rounds)", flush=True)
+        print(f"  {title:24} TRL takes {ratio:.1f} times as long (median of the rounds); KL between sampling and training here "
+              f"{results['here'][-1][3]:.1e}", flush=True)
     for pipe in pipes.values():
         pipe.send(None)
 
