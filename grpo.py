@@ -184,9 +184,9 @@ def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[list[float]]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Packs: what rows have in common, once
 
-# A tree saves tokens, but each of its tokens looks at all others. At this size that costs as much as the rest of the layer (of the
-# small model; later for larger ones), and a pass as much as so many tokens.
-DENSE, PASS = 300, 100
+# A tree saves tokens, but each of its tokens looks at all others.
+DENSE = 300  # tokens of a tree at which that costs as much as the rest of a layer (measured with the small model; more for larger ones)
+PASS = 100  # tokens that cost as much as starting one more pass
 
 
 class Tree:
@@ -295,7 +295,7 @@ def _fits(tree: Tree, pack: list[Tree], pack_tokens: int) -> bool:
 def _pack(trees: list[Tree], device: torch.device | str) -> Pack:
     shape = len(trees), len(trees[-1].ids)  # the largest stands last
     ids, positions, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64), np.zeros((*shape, shape[1]), dtype=bool)
-    mask[:, :, 0] = True  # of padding, whose softmax would be NaN; all others see the first token anyway
+    mask[:, :, 0] = True  # for padding, whose softmax would be NaN
     for b, tree in enumerate(trees):
         n = len(tree.ids)
         ids[b, :n], positions[b, :n], mask[b, :n, :n] = tree.ids, tree.positions, tree.mask()
@@ -314,7 +314,8 @@ def _pack(trees: list[Tree], device: torch.device | str) -> Pack:
 def hidden_states(model, pack: Pack) -> torch.Tensor:
     """The last hidden state [N, D] before each trained token. The gradients of all rows that share a token meet in it."""
     states = model.base_model(input_ids=pack.ids, position_ids=pack.positions, attention_mask=pack.mask, use_cache=False)
-    return states.last_hidden_state.flatten(0, 1)[pack.source]
+    # Not states[source], although that is what it is: its backward pass adds up in another order each time.
+    return torch.nn.functional.embedding(pack.source, states.last_hidden_state.flatten(0, 1))
 
 
 def pack_loss(hidden: torch.Tensor, head: torch.Tensor, pack: Pack, config: GRPOConfig, temperature: float = 1.0):
@@ -378,15 +379,17 @@ def _report(packs: list[Pack], stats: list, loss: float) -> dict[str, float]:
 
 
 def compute_in(model, dtype: torch.dtype) -> None:
-    """From now on the model computes in `dtype`, and float32 copies of its weights are what is trained: its masters.
+    """From now on the model computes in a 16-bit `dtype`, and float32 copies of its weights are what is trained: its masters.
 
+    For a model that is on its device and in float32; a wider `dtype` changes nothing. A deepcopy of the model has no masters.
     In bfloat16 the number after 1 is 1.008: steps of an optimizer would be rounded away, and so would sums of gradients. So
     each pack's gradient is added to its master's, the optimizer moves masters, and the weights are these, rounded.
     """
     for p in model.parameters() if dtype.itemsize < 4 else ():  # parameters alone: rotary frequencies stay as they are
-        p.master = torch.nn.Parameter(p.detach().clone())
+        if p.requires_grad:
+            p.master = torch.nn.Parameter(p.detach().clone())
+            p.register_post_accumulate_grad_hook(_to_master)
         p.data = p.data.to(dtype)
-        p.register_post_accumulate_grad_hook(_to_master)
 
 
 @torch.no_grad()
@@ -415,8 +418,11 @@ def forget_gradients(model) -> None:
 def recompute_layers(model) -> None:
     """Keep only each layer's input for the backward pass, which computes the rest again: less memory, a third more products.
 
-    transformers' own checkpointing works only in its training mode, which has dropout, too.
+    transformers' own checkpointing works only in its training mode, which has dropout, too. Raises ValueError for a model whose
+    layers are not where they usually are.
     """
+    if not hasattr(model.base_model, "layers"):
+        raise ValueError(f"{type(model).__name__} has no `layers`, so they cannot be computed again")
     for layer in model.base_model.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 

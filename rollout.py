@@ -7,8 +7,8 @@ the others go on. Four ideas carry the file:
     slots        The keys and values of a context stay in a slot. A request starts from the slot that holds the longest
                  prefix of it: its own last turn, or somebody else's copy of the same prompt. One rule covers turns, groups,
                  shared instructions and rewritten histories; losing a slot costs time, never correctness.
-    twins        Requests with the very same context are computed once, for as long as they sample the same. A group's attempts
-                 often do, the more so the better the policy knows what to do.
+    twins        Requests that come together with the same context are computed once, for as long as they sample the same. A
+                 group's attempts often do, the more so the better the policy knows what to do.
     streams      Each episode samples from a random stream of its own, so it does not depend on its neighbours.
     grace        Agents that were answered in one step get a short time to come back before the next one. Quick tools thus
                  always rejoin at the same step, and a run can be repeated.
@@ -76,7 +76,7 @@ class Request:
     order: int  # of its agent: first come, first served, and the same in every run
     future: asyncio.Future
     logps: list[float] = field(default_factory=list)
-    slot: int = -1
+    slot: int = -1  # none, while it waits or goes along with its leader
     leader: "Request | None" = None  # the twin that is computed; None: itself
 
 
@@ -204,14 +204,14 @@ class Engine:
             request.logps.append(logp)
             if token in self.stop_ids or len(request.logps) == request.limit:
                 self._retire(request, "stop" if token in self.stop_ids else "length")
-        self._part(families)
+        self._separate(families)
 
     def _retire(self, request: Request, finish: str) -> None:
         self.active.remove(request)
         out = Completion(request.ids[request.prompt :], request.logps, finish)
         request.future.done() or request.future.set_result(out)
 
-    def _part(self, families: dict[Request, list[Request]]) -> None:
+    def _separate(self, families: dict[Request, list[Request]]) -> None:
         """Twins that sampled another token than their leader go on behind a new one, with a copy of its keys and values."""
         copies, active = [], set(self.active)
         for leader, family in families.items():
@@ -222,7 +222,6 @@ class Engine:
                     by_token[request.ids[-1]] = request
                     request.slot = min(self._free(), key=lambda s: (self.used[s], s))
                     self._hold(request.slot, leader.ids[:-1])
-                    self.used[request.slot] = self.clock
                     copies.append((leader.slot, request.slot, len(leader.ids) - 1))
         self.cache.copy(copies)
 
@@ -232,7 +231,7 @@ class Engine:
     def _admit(self) -> list[Request]:
         """Give slots to waiting requests, and to each the longest prefix of its context that some slot holds.
 
-        Of several with the same context the first leads, the others follow. A request that shares more with one of this very
+        Of several in a wave with the same context the first leads, the others follow. A request that shares more with one of this very
         wave than with any slot waits for the next wave: what they have in common is read once, and copied.
         """
         wave: list[Request] = []

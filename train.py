@@ -425,7 +425,7 @@ def load_model(config: Config, factories: dict, checkpoint: Path | None):
     where, dtype = checkpoint or config.model, getattr(torch, config.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     if config.shard and (not where or dtype != wide):
-        raise UserError("--shard is for a model given by --model, in float32: the small one fits, and Muon needs its matrices whole")
+        raise UserError("--shard is for a model given by --model, not in 16 bits: the small one fits, and Muon needs its matrices whole")
     if where:
         model, tokenizer = read_model(where, wide)
     else:
@@ -433,8 +433,10 @@ def load_model(config: Config, factories: dict, checkpoint: Path | None):
         model = small_model(len(tokenizer), config.seed).to(wide)
     model.to(config.device)
     compute_in(model, dtype)
-    if config.recompute:
-        recompute_layers(model)
+    try:
+        config.recompute and recompute_layers(model)
+    except ValueError as e:
+        raise UserError(f"--recompute: {e}") from e
     return model, tokenizer
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -47,12 +48,10 @@ def contexts(episodes: list) -> tuple[int, int]:
     return sampled, len(seen)
 
 
-def packs_of(rows: list, config, dense: float) -> list:
-    grpo.DENSE, before = dense, grpo.DENSE
-    try:
+def rows_alone(rows: list, config) -> list:
+    """Packs in which no row shares a tree with another."""
+    with mock.patch.object(grpo, "_belongs", lambda *_: False):
         return grpo.make_packs(rows, config)
-    finally:
-        grpo.DENSE = before
 
 
 def seconds(model, packs: list, config) -> float:
@@ -68,6 +67,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 20, 60])
     options = parser.parse_args()
+    if not (options.run / "summary.json").exists():
+        print(f"bench_sharing.py: not a finished run: {options.run}", file=sys.stderr)
+        sys.exit(2)
     _, config = train.read_run(str(options.run))
     model = AutoModelForCausalLM.from_pretrained(options.run / "model", dtype=torch.float32)
     for step, episodes in episodes_of(options.run, options.steps).items():
@@ -76,7 +78,7 @@ def main() -> None:
             print(f"step {step}: no group with signal, or no such step")
             continue
         sampled, distinct = contexts(episodes)
-        ways = {"trees": packs_of(rows, config, grpo.DENSE), "alone": packs_of(rows, config, 1e-9)}  # where attention is that dear
+        ways = {"trees": grpo.make_packs(rows, config), "alone": rows_alone(rows, config)}
         times = {name: [] for name in ways}
         for _ in range(4):
             for name, packs in ways.items():

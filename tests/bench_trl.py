@@ -34,7 +34,7 @@ def reward(number: int, silent: int) -> float:
     return float(number % 2 and number // GROUP >= silent)
 
 
-def search_archive(query: str, year: int, limit: int) -> str:
+def search_archive(query: str, year: int, limit: int):  # what it returns TRL would put into the schema
     """Search the archive of letters, which holds about forty thousand scanned letters between writers, their publishers and their
     families, transcribed by volunteers; the transcriptions are not complete, and names are spelled as they stand in the letter.
 
@@ -188,7 +188,7 @@ def main() -> None:
     if prompts != first["TRL"][0][2]:
         raise SystemExit("the two sides were given different prompts")
     print(f"{options.model}{' (small)' if options.small else ''}: {TASKS} x {GROUP} attempts of {TOKENS} tokens behind prompts of "
-          f"{', '.join(str(len(p)) for p in prompts)} tokens; seconds per step (least, most), peak memory of the process")
+          f"{', '.join(str(len(p)) for p in prompts)} tokens; seconds per step (least, most), peak memory of the process", flush=True)
     for title, silent in (("all groups with signal", 0), ("half silent", TASKS // 2)):
         results = race(silent, options.rounds)
         seconds = {name: [r[0] for r in rs] for name, rs in results.items()}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from bench_kernels import weigh
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import grpo
 from grpo import (
@@ -672,6 +672,38 @@ def test_layers_may_be_computed_again(pack_tokens):
         seen.append(watch.seen)
     assert all(torch.equal(a, b) for a, b in zip(*seen)) and len(seen[0]) == 3
     assert pack_tokens == 1 or peaks[1] < 0.5 * peaks[0], peaks
+
+
+def test_recomputing_needs_layers():
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=V)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no `layers`"):
+        recompute_layers(GPT2LMHeadModel(config))
+
+
+def test_frozen_weights_need_no_master():
+    model = tiny(dtype=torch.float32)
+    model.model.norm.weight.requires_grad_(False)
+    compute_in(model, torch.bfloat16)
+    rows, _, _ = make_rows(batch(18), GRPOConfig())
+    update(model, torch.optim.AdamW([p for p in masters(model) if p.requires_grad], lr=0.1), rows, GRPOConfig())
+    assert (model.model.norm.weight == 1).all() and model.model.norm.weight.dtype == torch.bfloat16
+
+
+def test_two_threads_add_up_in_the_same_order_every_time():
+    """Rows share tokens, so gradients meet: by indexing they were added as threads came along, and no run could be repeated."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rng, seen = Random(0), []
+        rows = [Row([1] * 200 + [rng.randrange(V) for _ in range(5)], list(range(1, 205)), [1.0 - 2 * (i % 2)] * 204, [-1.0] * 204, i)
+                for i in range(40)]
+        for _ in range(6):
+            watch = Watch(model := wide())
+            update(model, watch, rows, GRPOConfig(epochs=1))
+            seen += watch.seen
+        assert sum(len(r.trained) for r in rows) * 16 > 2 * 32768 and all(torch.equal(a, seen[0]) for a in seen[1:])
+    finally:
+        torch.set_num_threads(before)
 
 
 def wide(vocab=V, layers=6):

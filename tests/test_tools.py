@@ -1,6 +1,5 @@
 """tools.py: schemas, parsing, calling under limits, the calculator and the search tool."""
 
-import _thread
 import asyncio
 import collections
 import doctest
@@ -575,14 +574,20 @@ print(f"{os.getpid()} is still one", file=sys.stderr)
 
 def test_a_tool_that_ends_after_its_loop_is_closed_says_nothing(monkeypatch):
     """`call_soon_threadsafe` raises on a closed loop: tracebacks of threads filled the terminal after a run had ended."""
-    release, said, threads = threading.Event(), [], _thread._count()
+    release, said, idents = threading.Event(), [], []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
-    assert run([Call("late", {})], {"late": release.wait}, timeout=0.05)[0].error
-    assert _thread._count() == threads + 1
+
+    def late() -> bool:
+        idents.append(threading.get_ident())
+        return release.wait()
+
+    assert run([Call("late", {})], {"late": late}, timeout=0.05)[0].error
+    assert idents[0] in sys._current_frames()
     release.set()
-    while _thread._count() > threads:
+    deadline = time.monotonic() + 5
+    while idents[0] in sys._current_frames() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert said == []
+    assert idents[0] not in sys._current_frames() and said == []
 
 
 def test_a_tool_that_ends_after_it_was_abandoned_says_nothing():

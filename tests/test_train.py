@@ -146,6 +146,7 @@ BAD = [
     (["--env", "calculator", "--context", "100"], "do not fit --context 100"),
     (["--kind", "magic"], "invalid choice: 'magic'"),
     (["--shard"], "--shard is for a model given by --model"),
+    (["--shard", "--model", "m", "--dtype", "bfloat16"], "--shard is for a model given by --model, not in 16 bits"),
 ]
 
 
