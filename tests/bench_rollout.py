@@ -151,7 +151,8 @@ def hanging(model, rounds: int, limit: float = 1.0, share: float = 0.1) -> None:
     """A tool call after each turn, of which one in ten hangs until its limit. Nobody but its own episode waits for it."""
     vocab, contexts = model.config.vocab_size, prompts(model.config.vocab_size, GROUP)
     toolbox = {"work": lambda: "done", "hang": lambda: time.sleep(2 * limit)}
-    calls = [[Call("hang" if Random(f"{n} {turn}").random() < share else "work", {}) for turn in range(TURNS)] for n in range(EPISODES)]
+    hangs = set(Random(0).sample(range(EPISODES * TURNS), round(share * EPISODES * TURNS)))
+    calls = [[Call("hang" if n * TURNS + turn in hangs else "work", {}) for turn in range(TURNS)] for n in range(EPISODES)]
 
     async def episode(engine: Engine, n: int, hang: bool) -> None:
         rng, ids = Random(n), list(contexts[n])
