@@ -172,15 +172,22 @@ def main() -> None:
     for name, side in (("here", here), ("TRL", there)):
         pipes[name], end = context.Pipe()
         context.Process(target=work, args=(side, options, end), daemon=True).start()
-    for pipe in pipes.values():
-        pipe.recv()
+        end.close()  # or its death would go unnoticed
+    def receive(name: str):
+        try:
+            return pipes[name].recv()
+        except EOFError:
+            raise SystemExit(f"{name} has died, maybe for want of memory") from None
+
+    for name in pipes:
+        receive(name)
 
     def race(silent: int, rounds: int) -> dict[str, list]:
         results = {name: [] for name in pipes}
         for _ in range(rounds):
             for name, pipe in pipes.items():
                 pipe.send(silent)
-                results[name].append(pipe.recv())
+                results[name].append(receive(name))
         return results
 
     first = race(0, 1)
