@@ -2,13 +2,14 @@
 
 Agents are coroutines. Each asks for tokens when it wants some; the engine decodes for all that are waiting, one token each
 per pass through the model. A row that is finished gives its place to the next at once, and while an agent waits for a tool
-the others go on. Four ideas carry the file:
+the others go on. Five ideas carry the file:
 
     slots        The keys and values of a context stay in a slot. A request starts from the slot that holds the longest
                  prefix of it: its own last turn, or somebody else's copy of the same prompt. One rule covers turns, groups,
                  shared instructions and rewritten histories; losing a slot costs time, never correctness.
     twins        Requests that come together with the same context are computed once, for as long as they sample the same. A
                  group's attempts often do, the more so the better the policy knows what to do.
+    trunks       A decoding pass does little but read keys and values; those that contexts have in common it reads once.
     streams      Each episode samples from a random stream of its own, so it does not depend on its neighbours.
     grace        Agents that were answered in one step get a short time to come back before the next one. Quick tools thus
                  always rejoin at the same step, and a run can be repeated.
@@ -32,11 +33,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agent import Completion
 
 WORTH_WAITING = 16  # tokens that a request must be spared by waiting for the next wave: a pass has a price, too
+WORTH_A_TRUNK = 2000  # tokens whose keys and values a pass must be spared by reading together what contexts share
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,8 +57,8 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tenso
     """
     greedy = temperature == 0
     logps = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)  # [B, V]
-    cumulative = logps.double().exp().cumsum(-1)  # in float32 the last of 150,000 terms would be rounding
-    drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    cumulative = logps.exp().cumsum(-1, dtype=torch.float64)  # in float32 the last of 150,000 terms would be rounding
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logps.argmax(-1), drawn)
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
@@ -95,6 +98,8 @@ class Engine:
         self.model, self.backbone, self.head = model, model.base_model, model.get_output_embeddings()
         self.stop_ids, self.slots, self.context, self.grace = stop_ids, slots, context, grace
         self.cache = SlotCache(slots, context)
+        self.trunk: Trunk | None = None  # what the requests of the last decoding pass have in common
+        self.decoding: list[Request] = []  # which these were
         self.held = np.full((slots, context), -1, dtype=np.int64)  # the tokens whose keys and values are in a slot; -1: none
         self.length = np.zeros(slots, dtype=np.int64)  # how many these are
         self.used = np.zeros(slots, dtype=np.int64)  # when a slot was last used, in steps
@@ -167,7 +172,7 @@ class Engine:
         if not self.away and self.all_back and not self.all_back.done():
             self.all_back.set_result(None)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _step(self) -> None:
         """One token for every request; the new ones are read first."""
         if not self.active:
@@ -204,7 +209,8 @@ class Engine:
             request.logps.append(logp)
             if token in self.stop_ids or len(request.logps) == request.limit:
                 self._retire(request, "stop" if token in self.stop_ids else "length")
-        self._separate(families)
+        if len(requests) > len(leaders):
+            self._separate(families)
 
     def _retire(self, request: Request, finish: str) -> None:
         self.active.remove(request)
@@ -313,36 +319,112 @@ class Engine:
 
     def _forward(self, requests: list[Request]) -> torch.Tensor:
         """Logits [B, V] of each request's next token."""
-        slots = [r.slot for r in requests]
-        fed = [r.ids[self.length[r.slot] :] for r in requests]
-        width, top = max(map(len, fed)), max(slots) + 1
+        slots = np.array([r.slot for r in requests])
+        fed = [r.ids[held:] for r, held in zip(requests, self.length[slots])]
+        counts = np.array(list(map(len, fed)))
+        width, top = int(counts.max()), int(slots.max()) + 1
+        valid = np.arange(width) < counts[:, None]  # [B, T]: the rest is padding
+        positions = np.where(valid, self.length[slots, None] + np.arange(width), 0)
+        tokens = np.zeros_like(positions)
+        tokens[valid] = list(itertools.chain(*fed))
+        row, column = valid.nonzero()  # [M] each
+        at = np.stack([slots[row], positions[valid]])  # where their keys and values go
+        self.held[*at], self.used[slots] = tokens[valid], self.clock
+        self.length[slots] += counts
+        self.stats.update(passes=1, read=len(row))
         # Keys of neighbouring slots are a view, those of scattered ones a copy: decode rows of idle slots along with the
         # busy ones while they are the fewer.
-        dense = width == 1 and top <= 2 * len(slots)
-        rows = slots if dense else list(range(len(slots)))
-        tokens, positions = np.zeros((2, top if dense else len(slots), width), dtype=np.int64)
-        valid = np.zeros(tokens.shape, dtype=bool)
-        for row, slot, ids in zip(rows, slots, fed):
-            start, n = self.length[slot], len(ids)
-            tokens[row, :n], positions[row, :n], valid[row, :n] = ids, np.arange(start, start + n), True
-            self.held[slot, start : start + n] = ids
-            self.length[slot], self.used[slot] = start + n, self.clock
-        self.stats.update(passes=1, read=sum(map(len, fed)))
-        device = self.head.weight.device
-        tokens, positions, valid = (torch.from_numpy(x).to(device) for x in (tokens, positions, valid))
-        where = slice(0, top) if dense else torch.tensor(slots, device=device)
-        self.cache.plan(where, positions, valid, int(self.length[slots].max()))
-        hidden = _read(self.backbone, self.cache, tokens, positions)  # [B, T, D]
-        last = torch.tensor([len(ids) - 1 for ids in fed], device=device)
-        return self.head(hidden[torch.tensor(rows, device=device), last]).float()
+        dense = top <= (2 if width == 1 else 1) * len(slots)
+        rows = slots if dense else np.arange(len(slots))
+        feed = np.zeros((2, top if dense else len(slots), width), dtype=np.int64)
+        feed[:, rows] = tokens, positions
+        if width == 1 and requests != self.decoding:
+            self.decoding, self.trunk = requests, self._trunk(requests, rows, feed.shape[1])
+        where, new, last = slice(0, top) if dense else self._there(slots), np.stack([rows[row], column]), np.stack([rows, counts - 1])
+        self.cache.plan(where, self._there(new), self._there(at), int(self.length[slots].max()))
+        hidden = _read(self.backbone, self.cache, *self._there(feed), self.trunk if width == 1 else None)  # [B, T, D]
+        return self.head(hidden[*self._there(last)]).float()
+
+    def _there(self, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x).to(self.head.weight.device)
+
+    def _trunk(self, requests: list[Request], rows: np.ndarray, count: int) -> "Trunk | None":
+        """What the requests in these of `count` rows have in common, cut where most is saved; None if that is too little."""
+        by_agent = np.argsort([r.order for r in requests], kind="stable")  # a group's agents came one after the other
+        slots, rows = np.array([r.slot for r in requests])[by_agent], rows[by_agent]
+        held = self.held[slots, : self.length[slots].max()]
+        shared = np.minimum(_common_prefix(held[1:], held[:-1]), self.length[slots[1:]])  # [B - 1], with the one before
+        lengths = np.sort(shared)[::-1]
+        families = np.arange(len(lengths), 0, -1)  # that a trunk of such a length leaves
+        saved = lengths * (len(rows) - 3 * families)  # the keys of each are read, written and read again
+        if saved.max(initial=0) < WORTH_A_TRUNK:
+            return None
+        length = int(lengths[saved.argmax()])
+        family = np.cumsum([0, *(shared < length)])
+        first = np.flatnonzero(np.diff(family, prepend=-1))
+        place = np.stack([family, np.arange(len(rows)) - first[family]])
+        table = np.repeat(rows[first, None], place[1].max() + 1, axis=1)
+        table[*place] = rows
+        places = np.zeros((2, count), dtype=np.int64)
+        places[:, rows] = place
+        return Trunk(length, self._there(table), self._there(places))
 
 
-def _read(backbone, cache: "SlotCache", tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _read(backbone, cache: "SlotCache", tokens: torch.Tensor, positions: torch.Tensor, trunk: "Trunk | None" = None) -> torch.Tensor:
     """Hidden states [B, T, D] of new tokens [B, T] behind what `cache` holds; it knows from `plan` in which slots these are."""
     # Causal, and no row sees past its own.
-    mask = torch.arange(cache.in_use, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, T, S]
-    return backbone(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                    use_cache=True).last_hidden_state
+    unseen = torch.arange(cache.in_use, device=tokens.device) > positions[:, None, :, None]  # [B, 1, T, S]
+    mask = torch.zeros(unseen.shape, dtype=backbone.dtype, device=tokens.device).masked_fill_(unseen, -torch.inf)
+    config = backbone.config
+    usual, config._attn_implementation = config._attn_implementation, "slots"
+    try:
+        return backbone(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,
+                        trunk=trunk).last_hidden_state
+    finally:
+        config._attn_implementation = usual
+
+
+@dataclass
+class Trunk:
+    """Families: rows of a decoding pass whose contexts begin with the same tokens."""
+
+    length: int  # how many tokens; the same number for all families
+    rows: torch.Tensor  # [F, M] which rows a family has; a smaller one names its first again
+    places: torch.Tensor  # [2, B] of which family a row is, and which of it
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by layer: keys, values
+
+    def gather(self, layer: int, *stores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, K, S, d] of each row -> [K, F, length, d] of each family; once for as long as the rows stay the same."""
+        if layer not in self.kept:
+            self.kept[layer] = tuple(x.transpose(0, 1)[:, self.rows[:, 0], : self.length] for x in stores)
+        return self.kept[layer]
+
+    def together(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, K, G, n] -> [K, F, M * G, n]"""
+        return x.transpose(0, 1)[:, self.rows].flatten(2, 3)
+
+    def apart(self, x: torch.Tensor) -> torch.Tensor:
+        """[K, F, M * G, n] -> [B, K, G, n]"""
+        return x.unflatten(2, (self.rows.shape[1], -1))[:, *self.places].transpose(0, 1)
+
+
+def attend(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, *, scaling: float,
+           trunk: Trunk | None = None, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attention of queries [B, H, T, d] over keys and values [B, K, S, d], as transformers' layers call it -> [B, T, H, d].
+
+    A decoding pass (T = 1) does little but read keys and values. So those that a family has in common are read once for all of it.
+    """
+    if not trunk:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    n, (keys, values) = trunk.length, trunk.gather(module.layer_idx, key, value)
+    query = scaling * query.view(len(query), key.shape[1], -1, query.shape[3])  # [B, K, G, d], G = H / K
+    scores = trunk.apart(trunk.together(query) @ keys.mT), query @ key[:, :, n:].mT + attention_mask[..., n:]
+    shares = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)  # [B, K, G, S]
+    out = trunk.apart(trunk.together(shares[..., :n]) @ values) + shares[..., n:] @ value[:, :, n:]  # [B, K, G, d]
+    return out.flatten(1, 2)[:, None], None
+
+
+AttentionInterface.register("slots", attend)
 
 
 class SlotCache:
@@ -354,21 +436,21 @@ class SlotCache:
         self.slots, self.context = slots, context
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys, values: [slots, heads, context, size] each
 
-    def plan(self, rows: slice | torch.Tensor, positions: torch.Tensor, valid: torch.Tensor, in_use: int) -> None:
-        """Say which slots the next forward pass is about, where its tokens [B, T] go, and which of them are padding."""
-        slots = torch.arange(self.slots, device=positions.device)[rows][:, None].expand_as(positions)
-        self.rows, self.valid, self.in_use = rows, valid, in_use
-        self.at = slots[valid], positions[valid]  # [M] each
+    def plan(self, rows: slice | torch.Tensor, new: torch.Tensor, at: torch.Tensor, in_use: int) -> None:
+        """Of the next forward pass: which slots are its rows, which of its tokens are no padding, where their keys and values go.
+
+        new: [2, M] row and column. at: [2, M] slot and position. in_use: how many positions matter.
+        """
+        self.rows, self.new, self.at, self.in_use = rows, new, at, in_use
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, ...]:
         """Write the new keys and values [B, heads, T, size]; return all that the rows hold [B, heads, S, size]."""
         if layer_idx == len(self.layers):
             shape = (self.slots, keys.shape[1], self.context, keys.shape[3])
             self.layers.append((keys.new_zeros(shape), values.new_zeros(*shape[:3], values.shape[3])))
-        slots, positions = self.at
-        out = []
+        (slots, positions), out = self.at, []
         for store, new in zip(self.layers[layer_idx], (keys, values)):
-            store[slots, :, positions] = new.transpose(1, 2)[self.valid]
+            store[slots, :, positions] = new.transpose(1, 2)[*self.new]
             out.append(store[self.rows, :, : self.in_use])
         return out[0], out[1]
 
@@ -385,13 +467,13 @@ class SlotCache:
 
 
 def _common_prefix(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """How many leading tokens of `ids` each row shares.
+    """How many leading tokens of `ids`, or of its own line of them, each row shares.
 
     >>> _common_prefix(np.array([[1, 2, 9], [1, 2, 3], [7, 2, 3]]), np.array([1, 2, 3])).tolist()
     [2, 3, 0]
     """
-    width = min(rows.shape[1], len(ids))
-    differ = rows[:, :width] != ids[:width]
+    width = min(rows.shape[1], ids.shape[-1])
+    differ = rows[:, :width] != ids[..., :width]
     return np.where(differ.any(1), differ.argmax(1), width)
 
 
@@ -422,13 +504,14 @@ def check_model(model) -> None:
 
 def _agrees(model, head) -> bool:
     """Do two passes through slots give the logits of one without?"""
-    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]  # [1, 8]: tokens, and their positions
-    cache, hidden = SlotCache(1, 8), []
-    for part in (slice(0, 5), slice(5, 8)):
-        positions = torch.arange(8, device=ids.device)[None, part]
-        cache.plan(slice(0, 1), positions, torch.ones_like(positions, dtype=torch.bool), part.stop)
-        hidden.append(_read(model.base_model, cache, ids[:, part], positions))
-    ours, theirs = (torch.cat(hidden, 1) @ head.weight.T).float(), model(input_ids=ids).logits.float()
+    places = torch.arange(8, device=head.weight.device)
+    ids, cache, hidden = places[None] % head.weight.shape[0], SlotCache(1, 8), []
+    for part in (places[:5], places[5:]):
+        at = torch.stack([torch.zeros_like(part), part])  # in slot 0
+        cache.plan(slice(0, 1), at - at[:, :1], at, len(part) + int(part[0]))
+        hidden.append(_read(model.base_model, cache, ids[:, part], part[None]))
+    mask = (places[:, None] >= places)[None, None]  # as grpo.py has them
+    ours, theirs = (torch.cat(hidden, 1) @ head.weight.T).float(), model(input_ids=ids, attention_mask=mask).logits.float()
     tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 0.1
     return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 

@@ -40,21 +40,22 @@ def prompts(vocab: int, group: int) -> list[list[int]]:
 # ---- who runs: contexts -> contexts at the end ----
 
 
-def here(model, contexts, turns=TURNS, kind=Engine, stats=None):
-    """One engine, an agent per episode."""
-    vocab = model.config.vocab_size
+def make_engine(model, count: int, turns=TURNS, kind=Engine) -> Engine:
+    return kind(model, set(), slots=count, context=PROMPT + turns * (SAMPLED + WORLD))
 
-    async def episode(engine: Engine, ids: list[int], n: int) -> list[int]:
+
+def here(engine: Engine, contexts, turns=TURNS):
+    """One engine that has forgotten what it knew, an agent per episode."""
+    vocab = engine.model.config.vocab_size
+    engine.forget()
+
+    async def episode(ids: list[int], n: int) -> list[int]:
         rng = Random(n)
         for turn in range(turns):
             ids = ids + (await engine.generate(ids, SAMPLED, rng=rng)).ids + world(vocab, f"{n} {turn}", WORLD)
         return ids
 
-    engine = kind(model, set(), slots=len(contexts), context=PROMPT + turns * (SAMPLED + WORLD))
-    out = play([lambda n=n, ids=ids: episode(engine, ids, n) for n, ids in enumerate(contexts)], len(contexts))
-    if stats is not None:
-        stats.update(engine.stats)
-    return out
+    return play([lambda n=n, ids=ids: episode(ids, n) for n, ids in enumerate(contexts)], len(contexts))
 
 
 def generate(model, contexts, turns=TURNS):
@@ -94,12 +95,12 @@ def clock(step) -> float:
 
 
 def race(steps: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round, after one round to warm up."""
+    """Seconds of each in each round, after one round to warm up; of that round itself if there are no others."""
     seconds = {name: [] for name in steps}
     for r in range(rounds + 1):
         for name in [*list(steps)[r % len(steps) :], *list(steps)[: r % len(steps)]]:
             seconds[name].append(clock(steps[name]))
-    return {name: s[1:] for name, s in seconds.items()}
+    return {name: s[1:] or s for name, s in seconds.items()}
 
 
 def against(seconds: dict[str, list[float]], first: str, tokens: int) -> None:
@@ -111,8 +112,8 @@ def against(seconds: dict[str, list[float]], first: str, tokens: int) -> None:
 def peers(model, rounds: int) -> None:
     tokens = EPISODES * TURNS * SAMPLED
     for title, group in (("groups of 8 share a prompt", GROUP), ("every episode has a prompt of its own", 1)):
-        contexts = prompts(model.config.vocab_size, group)
-        steps = {"this engine": lambda: here(model, contexts), "generate": lambda: generate(model, contexts)}
+        contexts, engine = prompts(model.config.vocab_size, group), make_engine(model, EPISODES)
+        steps = {"this engine": lambda: here(engine, contexts), "generate": lambda: generate(model, contexts)}
         try:
             ends = {len(ids) for ids in generate_batch(model, contexts[:2], turns=1)}
             assert ends == {PROMPT + SAMPLED + WORLD}, ends
@@ -134,7 +135,8 @@ def reuse(model, rounds: int) -> None:
 
     contexts = prompts(model.config.vocab_size, GROUP)
     print("  keys and values kept between turns, and shared in a group")
-    steps = {"kept": lambda: here(model, contexts), "forgotten": lambda: here(model, contexts, kind=Forgetful)}
+    engines = {"kept": make_engine(model, EPISODES), "forgotten": make_engine(model, EPISODES, kind=Forgetful)}
+    steps = {name: lambda engine=engine: here(engine, contexts) for name, engine in engines.items()}
     against(race(steps, rounds), "kept", EPISODES * TURNS * SAMPLED)
 
 
@@ -142,7 +144,8 @@ def growth(model, rounds: int) -> None:
     """An episode of 16 turns may cost at most 5 times one of 4 turns: its tokens are 4 times as many."""
     for count in (1, 8):
         contexts = prompts(model.config.vocab_size, 1)[:count]
-        seconds = race({"4 turns": lambda c=contexts: here(model, c, 4), "16 turns": lambda c=contexts: here(model, c, 16)}, rounds)
+        engine = make_engine(model, count, 16)
+        seconds = race({f"{turns} turns": lambda turns=turns: here(engine, contexts, turns) for turns in (4, 16)}, rounds)
         ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
         print(f"  {count} at once: 16 turns cost {ratio:.2f} times as much as 4 turns", flush=True)
 
@@ -154,7 +157,9 @@ def hanging(model, rounds: int, limit: float = 1.0, share: float = 0.1) -> None:
     hangs = set(Random(0).sample(range(EPISODES * TURNS), round(share * EPISODES * TURNS)))
     calls = [[Call("hang" if n * TURNS + turn in hangs else "work", {}) for turn in range(TURNS)] for n in range(EPISODES)]
 
-    async def episode(engine: Engine, n: int, hang: bool) -> None:
+    engine = make_engine(model, EPISODES)
+
+    async def episode(n: int, hang: bool) -> None:
         rng, ids = Random(n), list(contexts[n])
         for turn in range(TURNS):
             ids += (await engine.generate(ids, SAMPLED, rng=rng)).ids
@@ -162,8 +167,8 @@ def hanging(model, rounds: int, limit: float = 1.0, share: float = 0.1) -> None:
             ids += world(vocab, f"{n} {turn}", WORLD)
 
     def batch(hang: bool) -> None:
-        engine = Engine(model, set(), slots=EPISODES, context=PROMPT + TURNS * (SAMPLED + WORLD))
-        play([lambda n=n: episode(engine, n, hang) for n in range(EPISODES)], EPISODES)
+        engine.forget()
+        play([lambda n=n: episode(n, hang) for n in range(EPISODES)], EPISODES)
 
     seconds = race({"no tool hangs": lambda: batch(False), "one in ten": lambda: batch(True)}, rounds)
     hung = [sum(call.name == "hang" for call in episode) for episode in calls]

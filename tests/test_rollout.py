@@ -252,11 +252,11 @@ def test_the_context_of_an_agent_at_its_tool_is_left_alone():
     assert eng.stats["read"] == (40 + 3) + (1 + 4) + (1 + 3)  # the first turn, the other agent, the second turn
 
 
-def test_a_short_turn_is_not_padded_to_a_long_prompt():
+def test_a_short_turn_is_not_padded_to_a_long_prompt(monkeypatch):
     """A wave is cut by length: seven rows of 5 tokens beside one of 90 would otherwise be 720 tokens of work."""
     eng, shapes = engine(slots=16), []
-    backbone = eng.backbone
-    eng.backbone = lambda **kw: shapes.append(tuple(kw["input_ids"].shape)) or backbone(**kw)
+    forward = eng.backbone.forward
+    monkeypatch.setattr(eng.backbone, "forward", lambda **kw: shapes.append(tuple(kw["input_ids"].shape)) or forward(**kw))
     play([lambda n=n: eng.generate(tokens(5 if n else 90, n), 1, rng=Random(n)) for n in range(8)], 8)
     assert sorted(shapes) == [(1, 90), (7, 5)]
 
@@ -384,26 +384,80 @@ def test_an_agent_that_ends_or_fails_is_not_waited_for():
     assert time.perf_counter() - start < 2
 
 
+# ---- Trunks --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_attention_over_a_trunk_is_attention(heads):
+    """Oracle: torch's, over each row's own keys. Families of 3, 2 and 1; one idle row; rows out of order; grouped heads."""
+    g = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 7, 2, 20, 8, generator=g)
+    query, members, shared = torch.randn(7, heads, 1, 8, generator=g), [[5, 1, 2], [0, 6], [3]], 11
+    for x in (key, value):
+        for first, *others in members:
+            x[others, :, :shared] = x[first, :, :shared].clone()
+    lengths = torch.tensor([12, 20, 15, 13, 1, 11, 18])  # row 4 is idle
+    mask = torch.zeros(7, 1, 1, 20).masked_fill_(torch.arange(20) >= lengths[:, None, None, None], -torch.inf)
+    table, places = torch.tensor([[5, 1, 2], [0, 6, 0], [3, 3, 3]]), torch.zeros(2, 7, dtype=torch.long)
+    for f, rows in enumerate(members):
+        for m, row in enumerate(rows):
+            places[:, row] = torch.tensor([f, m])
+    layer = SimpleNamespace(layer_idx=0)
+    trunk = rollout.Trunk(shared, table, places)
+    for _ in range(2):  # the second time from what it kept
+        out, _ = rollout.attend(layer, query, key, value, mask, scaling=0.3, trunk=trunk)
+        for row in (0, 1, 2, 3, 5, 6):
+            ours, n = out[row, 0], lengths[row]
+            theirs = torch.nn.functional.scaled_dot_product_attention(
+                query[row], key[row, :, :n], value[row, :, :n], scale=0.3, enable_gqa=True)  # fmt: skip
+            assert torch.allclose(ours, theirs[:, 0], atol=1e-6)
+
+
+def test_what_groups_share_is_read_once_while_decoding_and_nobody_notices(monkeypatch):
+    """Groups of 5, 4 and 3 behind prompts of 40, 30 and 50 tokens: a trunk of 30 tokens, and plain's tokens."""
+    found, trunk = [], Engine._trunk
+    monkeypatch.setattr(rollout, "WORTH_A_TRUNK", 1)
+    monkeypatch.setattr(Engine, "_trunk", lambda *args: found.append(trunk(*args)) or found[-1])
+    prompts = [tokens(n, seed=n) for n, members in ((40, 5), (30, 4), (50, 3)) for _ in range(members)]
+    eng = engine(slots=12)
+    segments = play([lambda i=i: talk(eng, prompts[i], i, new=4 + i % 3, temperature=1.3) for i in range(12)], 12)
+    assert (30, (3, 5)) in {(t.length, tuple(t.rows.shape)) for t in found if t}
+    for i, s in enumerate(segments):
+        first = [x for x, sampled in zip(s.ids, s.sampled) if sampled][: 4 + i % 3]
+        assert first == plain(prompts[i], 4 + i % 3, i, 1.3)[0]
+    assert gap(segments, 1.3) < 1e-5
+
+
+def test_there_is_no_trunk_where_nothing_is_shared(monkeypatch):
+    """A trunk's keys are gathered: strangers, or one agent alone, are cheaper without."""
+    found, trunk = [], Engine._trunk
+    monkeypatch.setattr(rollout, "WORTH_A_TRUNK", 1)
+    monkeypatch.setattr(Engine, "_trunk", lambda *args: found.append(trunk(*args)) or found[-1])
+    for count in (1, 6):
+        eng = engine()
+        play([lambda n=n, eng=eng: eng.generate(tokens(20, n), 5, rng=Random(n)) for n in range(count)], count)
+    assert found and not any(found)
+
+
 # ---- Trouble -------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("when", [1, 3])
-def test_a_failing_model_is_heard_by_everybody_and_the_engine_lives_on(when):
+def test_a_failing_model_is_heard_by_everybody_and_the_engine_lives_on(when, monkeypatch):
     """One exception in a pass: each waiter gets it, nobody hangs, and what was half written is not believed afterwards."""
     eng = engine()
-    backbone, calls = eng.backbone, []
+    forward, calls = eng.backbone.forward, []
 
     def broken(**kwargs):
         calls.append(1)
         if len(calls) == when:
             raise RuntimeError("out of memory")
-        return backbone(**kwargs)
+        return forward(**kwargs)
 
     async def heard(n):
         with pytest.raises(RuntimeError, match="out of memory"):
             await eng.generate(tokens(30), 5, rng=Random(n))
         return "heard"
 
-    eng.backbone = broken
+    monkeypatch.setattr(eng.backbone, "forward", broken)
     assert play([lambda n=n: heard(n) for n in range(12)], 12) == ["heard"] * 12
     outs = play([lambda n=n: eng.generate(tokens(30), 5, rng=Random(n)) for n in range(3)], 3)
     assert [o.ids for o in outs] == [plain(tokens(30), 5, n)[0] for n in range(3)]
