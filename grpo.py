@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
@@ -66,7 +67,7 @@ class GRPOConfig:
     kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL term to the model before RL"})
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
     epochs: int = field(default=3, metadata={"help": "updates per batch of episodes"})
-    pack_tokens: int = field(default=4096, metadata={"help": "tokens computed in one pass (memory, not maths)"})
+    pack_tokens: int = field(default=2048, metadata={"help": "tokens computed in one pass (memory, not maths)"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "the gradient is scaled down to this norm"})
 
 
@@ -125,10 +126,15 @@ class Row:
     """One segment as the update sees it."""
 
     ids: list[int]
-    trained: list[int]  # positions of the sampled tokens in `ids`, never 0
+    trained: list[int]  # positions of the sampled tokens in `ids`, ascending, never 0
     advantages: list[float]  # one for each of these
     logps: list[float]  # and the log-prob it was sampled with: the engine's word, for diagnostics and tis_cap
     episode: int  # which episode: the sequence of a sequence ratio
+
+    @property
+    def inputs(self) -> list[int]:
+        """What a model must read: the last trained token, and what follows it, predicts nothing that is trained."""
+        return self.ids[: self.trained[-1]]
 
 
 def make_rows(episodes: Sequence[Episode], config: GRPOConfig) -> tuple[list[Row], list[float], dict[str, float]]:
@@ -185,7 +191,7 @@ def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[list[float]]:
 # Packs: what rows have in common, once
 
 # A tree saves tokens, but each of its tokens looks at all others.
-DENSE = 300  # tokens of a tree at which that costs as much as the rest of a layer (measured with the small model; more for larger ones)
+DENSE = 300  # tokens at which that costs as much as the rest of a layer (measured with the small model; more for larger ones)
 PASS = 100  # tokens that cost as much as starting one more pass
 
 
@@ -193,8 +199,8 @@ class Tree:
     """Rows folded together: a token is one node for all rows that are the same up to it.
 
     >>> tree = Tree()
-    >>> for ids in ([5, 6, 7], [5, 6, 8, 9]):
-    ...     tree.add(Row(ids, [2], [1.0], [0.0], 0), [1.0])
+    >>> for ids in ([5, 6, 7, 1], [5, 6, 8, 9, 1]):
+    ...     tree.add(Row(ids, [len(ids) - 1], [1.0], [0.0], 0), [1.0])
     >>> tree.ids, tree.above, tree.positions
     ([5, 6, 7, 8, 9], [-1, 0, 1, 1, 3], [0, 1, 2, 2, 3])
     """
@@ -208,7 +214,7 @@ class Tree:
 
     def add(self, row: Row, weights: list[float]) -> None:
         nodes, node = [], -1
-        for position, token in enumerate(row.ids):
+        for position, token in enumerate(row.inputs):
             place = node, token
             if place not in self.children:
                 self.children[place] = len(self.ids)
@@ -216,15 +222,6 @@ class Tree:
             node = self.children[place]
             nodes.append(node)
         self.rows.append((row, weights, nodes))
-
-    def shared(self, ids: list[int]) -> int:
-        """How many of a row's first tokens are here already."""
-        node = -1
-        for position, token in enumerate(ids):
-            node = self.children.get((node, token))
-            if node is None:
-                return position
-        return len(ids)
 
     def mask(self) -> np.ndarray:
         """[T, T]: a node attends to itself and to those above it."""
@@ -260,12 +257,7 @@ def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | s
     sequences = defaultdict(list)
     for number, (row, weights) in enumerate(zip(rows, token_weights(rows, config))):
         sequences[row.episode if config.sequence_ratio else number].append((row, weights))
-    trees: list[Tree] = []
-    for sequence in sorted(sequences.values(), key=lambda s: s[0][0].ids):  # neighbours begin alike
-        if not trees or not _belongs(sequence, trees[-1], config.pack_tokens):
-            trees.append(Tree())
-        for row, weights in sequence:
-            trees[-1].add(row, weights)
+    trees = _fold(sorted(sequences.values(), key=lambda s: s[0][0].inputs), config.pack_tokens)  # neighbours begin alike
     packs: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda t: len(t.ids)):
         if packs and _fits(tree, packs[-1], config.pack_tokens):
@@ -279,11 +271,32 @@ def _cost(tokens: int) -> float:
     return tokens * (1 + tokens / DENSE)
 
 
-def _belongs(sequence: list[tuple[Row, list[float]]], tree: Tree, pack_tokens: int) -> bool:
-    """Is it cheaper to compute in the tree than alone?"""
-    alone = sum(len(row.ids) for row, _ in sequence)
-    size = len(tree.ids) + sum(len(row.ids) - tree.shared(row.ids) for row, _ in sequence)
-    return size <= pack_tokens and _cost(size) <= _cost(len(tree.ids)) + _cost(alone)
+def _fold(sequences: list[list[tuple[Row, list[float]]]], pack_tokens: int) -> list[Tree]:
+    """Trees of neighbouring sequences, cut where all of them together cost least: the best cut before each is found in turn."""
+    tokens = np.cumsum([0] + [len(_tree([s]).ids) for s in sequences])
+    shared = np.cumsum([0, 0] + [_common_prefix(a[0][0].inputs, b[0][0].inputs) for a, b in pairwise(sequences)])
+    least, begin = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=int)
+    for end in range(1, len(tokens)):
+        sizes = tokens[end] - tokens[:end] - (shared[end] - shared[1 : end + 1])  # of the tree that begins at 0, 1, ...
+        costs = least[:end] + _cost(sizes) + np.where(sizes > pack_tokens, np.inf, 0.0)
+        costs[-1] = least[end - 1] + _cost(sizes[-1])  # a sequence alone may be larger
+        begin[end], least[end] = costs.argmin(), costs.min()
+    trees, end = [], len(sequences)
+    while end:
+        trees.append(_tree(sequences[begin[end] : end]))
+        end = begin[end]
+    return trees
+
+
+def _tree(sequences: list[list[tuple[Row, list[float]]]]) -> Tree:
+    tree = Tree()
+    for row, weights in chain(*sequences):
+        tree.add(row, weights)
+    return tree
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _fits(tree: Tree, pack: list[Tree], pack_tokens: int) -> bool:

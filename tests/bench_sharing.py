@@ -50,7 +50,7 @@ def contexts(episodes: list) -> tuple[int, int]:
 
 def rows_alone(rows: list, config) -> list:
     """Packs in which no row shares a tree with another."""
-    with mock.patch.object(grpo, "_belongs", lambda *_: False):
+    with mock.patch.object(grpo, "_common_prefix", lambda *_: 0):
         return grpo.make_packs(rows, config)
 
 

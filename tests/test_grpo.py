@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import fields, replace
+from itertools import combinations, pairwise
 from random import Random
 from types import SimpleNamespace
 
@@ -295,7 +296,8 @@ def test_contract_03_the_gradient_reaches_a_logit_iff_its_token_was_sampled():
         handle.remove()
         moved = torch.autograd.grad(loss, caught[0])[0][0].abs().sum(-1) > 0  # [T]: the state at p predicts token p + 1
         source = next(s for e in episodes for s in e.segments if s.ids is row.ids)
-        assert moved.tolist() == source.sampled[1:] + [False]
+        assert moved.tolist() == source.sampled[1 : row.trained[-1] + 1]  # what comes later is not even computed
+        assert not any(source.sampled[row.trained[-1] + 1 :])
     assert not any(r.ids == [1, 2, 3] for r in rows)
 
 
@@ -387,7 +389,7 @@ def test_packed_rows_have_the_hidden_states_and_gradients_of_rows_alone():
         [(shared + [2, 6], 1.0), (shared + [2, 7, 5], -0.5), (shared, 0.25), (shared[:2] + [8, 8, 8, 9], -1.0), ([7, 7, 7, 7, 7], 0.5)])]
     config = GRPOConfig(kind="reinforce")
     [pack] = make_packs(rows, config)
-    assert pack.ids.tolist() == [[7] * 5 + [0] * 9, [3, 1, 4, 1, 5, 9, 2, 6, 7, 5, 8, 8, 8, 9]]
+    assert pack.ids.tolist() == [[7] * 4 + [0] * 7, [3, 1, 4, 1, 5, 9, 2, 7, 8, 8, 8]]  # a row's last token predicts nothing
     total = sum(len(r.trained) for r in rows)
     expected = loss_by_hand(model, rows, lambda r: 1 / total, lambda logp, a, _: -a * logp)
     loss, _ = loss_of(model, pack, config)
@@ -415,23 +417,48 @@ def test_packs_are_bounded_keep_episodes_whole_and_share_prefixes():
 
 
 def test_a_tree_folds_what_is_the_same_and_shows_each_token_its_own_past():
-    """By hand: two rows that part, one inside another, one that is there twice."""
+    """By hand: two rows that part, one inside another, one that is there twice; what follows the last trained token stays out."""
     tree = Tree()
-    for ids in ([1, 2, 3], [1, 2], [1, 4, 3], [1, 2, 3]):
-        tree.add(Row(ids, [1], [1.0], [0.0], 0), [1.0])
+    for ids in ([1, 2, 3, 0, 5], [1, 2, 0], [1, 4, 3, 0], [1, 2, 3, 6]):
+        tree.add(Row(ids, [min(3, len(ids) - 1)], [1.0], [0.0], 0), [1.0])
     assert (tree.ids, tree.above, tree.positions) == ([1, 2, 3, 4, 3], [-1, 0, 1, 0, 3], [0, 1, 2, 1, 2])
     assert [nodes for *_, nodes in tree.rows] == [[0, 1, 2], [0, 1], [0, 3, 4], [0, 1, 2]]
     assert tree.mask().astype(int).tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
-    assert [tree.shared(ids) for ids in ([1, 4, 3, 9], [2, 1], [1, 2], [1, 3])] == [3, 0, 2, 1]
 
 
 def test_rows_that_share_nothing_are_not_forced_into_one_tree():
     """In one tree each of their tokens would look at all others in vain; lines of one length share a pass all the same."""
     rng = Random(0)
-    rows = [Row([i, *(rng.randrange(V) for _ in range(200))], [5], [1.0], [0.0], i) for i in range(6)]
+    rows = [Row([i, *(rng.randrange(V) for _ in range(200))], [5, 200], [1.0] * 2, [0.0] * 2, i) for i in range(6)]
     [pack] = make_packs(rows, GRPOConfig())
-    assert pack.ids.shape == (6, 201)
-    assert [p.ids.shape for p in make_packs(rows, GRPOConfig(pack_tokens=500))] == [(2, 201)] * 3
+    assert pack.ids.shape == (6, 200)
+    assert [p.ids.shape for p in make_packs(rows, GRPOConfig(pack_tokens=500))] == [(2, 200)] * 3
+
+
+def test_rows_are_cut_into_trees_where_that_costs_least():
+    """Oracle: every way to cut the sorted rows. One by one, each to its neighbours while that is cheaper than alone, would not find it."""
+    rng, sizes = Random(1), set()
+    for _ in range(30):
+        prompts = [[rng.randrange(V) for _ in range(rng.choice([3, 60, 300]))] for _ in range(3)]
+        rows = []
+        for i in range(8):
+            ids = rng.choice(prompts) + [rng.randrange(V) for _ in range(rng.choice([20, 80]))]
+            rows.append(Row(ids, [len(ids) - 1], [1.0], [0.0], i))
+        ordered = [[(row, [1.0])] for row in sorted(rows, key=lambda r: r.inputs)]
+        limit = rng.choice([250, 10**6])
+
+        def cost(cuts, ordered=ordered, limit=limit):
+            trees = [grpo._tree(ordered[i:j]) for i, j in pairwise(cuts)]
+            if any(len(t.ids) > limit and len(t.rows) > 1 for t in trees):
+                return math.inf
+            return sum(grpo._cost(len(t.ids)) for t in trees)
+
+        least = min(cost([0, *inner, 8]) for n in range(8) for inner in combinations(range(1, 8), n))
+        trees = grpo._fold(ordered, limit)
+        assert sum(grpo._cost(len(t.ids)) for t in trees) == pytest.approx(least)
+        assert sorted(r.episode for t in trees for r, *_ in t.rows) == list(range(8))
+        sizes.add(len(trees))
+    assert len(sizes) > 2
 
 
 # ---- The published algorithms, end to end --------------------------------------------------------------------------------------
