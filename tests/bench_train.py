@@ -3,7 +3,7 @@
     python tests/bench_train.py --seed 1                       # takes the options of train.py, makes the same run
     python tests/bench_train.py --env calculator               # a minute
 
-Clocks stand around five functions: reading and decoding in rollout.py, the hidden states and the loss (head included) in grpo.py,
+Clocks stand around six functions: the layers and the head in rollout.py, the hidden states and the loss (head included) in grpo.py,
 and autograd's backward. All else is the rest, by phase: tokens sampled and agents run in "rollouts" and "evaluation", packs and the
 optimizer in "update", demonstrations in "warm start". On a CPU only: a GPU's work is not done when a call returns.
 """
@@ -23,6 +23,7 @@ import train  # noqa: E402
 
 inside: Counter = Counter()  # (phase of the run, what): seconds
 clocks: list[train.Clock] = []  # of the run, once it has begun
+train_make_engine = train.make_engine
 
 
 def timed(what: str, function):
@@ -42,7 +43,14 @@ class Clock(train.Clock):
         clocks.append(self)
 
 
+def make_engine(*args):
+    chat, engine = train_make_engine(*args)
+    engine.head.forward = timed("forward, sampling", engine.head.forward)
+    return chat, engine
+
+
 def main() -> None:
+    train.make_engine = make_engine
     rollout._read = timed("forward, sampling", rollout._read)
     grpo.hidden_states = timed("forward, training", grpo.hidden_states)
     grpo.linear_policy_loss = timed("head and loss", grpo.linear_policy_loss)
