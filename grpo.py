@@ -579,6 +579,7 @@ def _bench(name: str, groups: int = 4, size: int = 8, prompt: int = 300, sampled
 
     small = LlamaConfig(vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
     model = AutoModelForCausalLM.from_pretrained(name) if name else LlamaForCausalLM(small)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     rng, rows = np.random.default_rng(0), []
     draw = lambda tokens: rng.integers(model.config.vocab_size, size=tokens).tolist()
     for group in range(groups):
@@ -590,6 +591,8 @@ def _bench(name: str, groups: int = 4, size: int = 8, prompt: int = 300, sampled
     def timed(part: str, function: Callable, *args):
         began = time.perf_counter()
         out = function(*args)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds[part] += time.perf_counter() - began
         return out
 

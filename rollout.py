@@ -9,7 +9,8 @@ the others go on. Five ideas carry the file:
                  shared instructions and rewritten histories; losing a slot costs time, never correctness.
     twins        Requests that come together with the same context are computed once, for as long as they sample the same. A
                  group's attempts often do, the more so the better the policy knows what to do.
-    trunks       A decoding pass does little but read keys and values; those that contexts have in common it reads once.
+    trunks       A decoding pass does little but read keys and values; those that contexts have in common it reads once. On a GPU
+                 launching its kernels takes longer still, so there it is recorded for each size, as a CUDA graph, and replayed.
     streams      Each episode samples from a random stream of its own, so it does not depend on its neighbours.
     grace        Agents that were answered in one step get a short time to come back before the next one. Quick tools thus
                  always rejoin at the same step, and a run can be repeated.
@@ -56,7 +57,7 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tenso
     [1, 2]
     """
     greedy = temperature == 0
-    logps = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)  # [B, V]
+    logps = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0).float()[:, None], dim=-1)  # [B, V]
     cumulative = logps.exp().cumsum(-1, dtype=torch.float64)  # in float32 the last of 150,000 terms would be rounding
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logps.argmax(-1), drawn)
@@ -100,6 +101,9 @@ class Engine:
         self.cache = SlotCache(slots, context)
         self.trunk: Trunk | None = None  # what the requests of the last decoding pass have in common
         self.decoding: list[Request] = []  # which these were
+        on_gpu = model.device.type == "cuda"
+        self.recorded: dict[tuple[int, int], Callable] | None = {} if on_gpu else None  # decoding passes, by rows and positions
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.held = np.full((slots, context), -1, dtype=np.int64)  # the tokens whose keys and values are in a slot; -1: none
         self.length = np.zeros(slots, dtype=np.int64)  # how many these are
         self.used = np.zeros(slots, dtype=np.int64)  # when a slot was last used, in steps
@@ -138,7 +142,7 @@ class Engine:
 
     def forget(self) -> None:
         """Be as good as new, but for `stats`."""
-        self.weights = []
+        self.weights = self.weights[:1]
 
     async def _serve(self) -> None:
         """Decode for as long as anybody waits."""
@@ -196,9 +200,8 @@ class Engine:
         requests = [r for family in families.values() for r in family]
         logits = self._forward(leaders)  # [B, V]
         if len(requests) > len(leaders):
-            logits = logits[[row for row, family in enumerate(families.values()) for _ in family]]
-        uniform = torch.tensor([r.rng.random() for r in requests], dtype=torch.float64, device=logits.device)
-        temperature = torch.tensor([r.temperature for r in requests], device=logits.device)
+            logits = logits[self._there(np.repeat(np.arange(len(leaders)), [len(family) for family in families.values()]))]
+        temperature, uniform = self._there(np.array([[r.temperature, r.rng.random()] for r in requests]).T)
         tokens, logps = sample(logits, temperature, uniform)
         self.stats["sampled"] += len(requests)
         sampled = torch.stack([tokens.double(), logps.double()], dim=1).tolist()  # one wait for the device, not two
@@ -309,7 +312,9 @@ class Engine:
     def _forget_if_trained(self) -> None:
         parameters = list(self.model.parameters())
         probe = torch.cat([p.detach().flatten()[:4] for p in parameters]).tolist()  # fused optimizers do not count versions
-        weights = [probe, *((p.data_ptr(), p._version) for p in parameters)]
+        weights = [[p.data_ptr() for p in parameters], probe, [p._version for p in parameters]]
+        if self.recorded and weights[:1] != self.weights[:1]:
+            self.recorded.clear()  # they read the old tensors
         if weights != self.weights:
             self.weights, self.length[:], self.held[:] = weights, 0, -1
             self.clock, self.used[:] = 0, 0  # as good as new: a resumed run must go on as one that was never stopped
@@ -320,33 +325,57 @@ class Engine:
     def _forward(self, requests: list[Request]) -> torch.Tensor:
         """Logits [B, V] of each request's next token."""
         slots = np.array([r.slot for r in requests])
-        fed = [r.ids[held:] for r, held in zip(requests, self.length[slots])]
-        counts = np.array(list(map(len, fed)))
-        width, top = int(counts.max()), int(slots.max()) + 1
-        valid = np.arange(width) < counts[:, None]  # [B, T]: the rest is padding
-        positions = np.where(valid, self.length[slots, None] + np.arange(width), 0)
-        tokens = np.zeros_like(positions)
-        tokens[valid] = list(itertools.chain(*fed))
-        row, column = valid.nonzero()  # [M] each
-        at = np.stack([slots[row], positions[valid]])  # where their keys and values go
-        self.held[*at], self.used[slots] = tokens[valid], self.clock
-        self.length[slots] += counts
-        self.stats.update(passes=1, read=len(row))
+        feed, last = self._feed(requests, slots)  # [2, B, T], [B]
+        decoding, in_use = feed.shape[2] == 1, int(self.length[slots].max())
+        if decoding and self.recorded is not None:
+            return self._replay(slots, feed, in_use)
         # Keys of neighbouring slots are a view, those of scattered ones a copy: decode rows of idle slots along with the
         # busy ones while they are the fewer.
-        dense = top <= (2 if width == 1 else 1) * len(slots)
-        rows = slots if dense else np.arange(len(slots))
-        feed = np.zeros((2, top if dense else len(slots), width), dtype=np.int64)
-        feed[:, rows] = tokens, positions
-        if width == 1 and requests != self.decoding:
+        dense = slots.max() < (2 if decoding else 1) * len(slots)
+        where, rows = (slice(0, slots.max() + 1), slots) if dense else (self._there(slots), np.arange(len(slots)))
+        feed = self._spread(feed, rows, rows.max() + 1)
+        if decoding and requests != self.decoding:
             self.decoding, self.trunk = requests, self._trunk(requests, rows, feed.shape[1])
-        where, new, last = slice(0, top) if dense else self._there(slots), np.stack([rows[row], column]), np.stack([rows, counts - 1])
-        self.cache.plan(where, self._there(new), self._there(at), int(self.length[slots].max()))
-        hidden = _read(self.backbone, self.cache, *self._there(feed), self.trunk if width == 1 else None)  # [B, T, D]
-        return self.head(hidden[*self._there(last)]).float()
+        hidden = _read(self.backbone, self.cache, where, self._there(feed), in_use, self.trunk if decoding else None)  # [B, T, D]
+        return self.head(hidden[*self._there(np.stack([rows, last]))]).float()
+
+    def _feed(self, requests: list[Request], slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What slots do not hold of their requests' contexts: tokens and positions [2, B, T]; where in T the last of each is, [B]."""
+        fed = [r.ids[held:] for r, held in zip(requests, self.length[slots])]
+        counts = np.array(list(map(len, fed)))
+        valid = np.arange(counts.max()) < counts[:, None]  # [B, T]: the rest is padding
+        positions = np.where(valid, self.length[slots, None] + np.arange(counts.max()), self.context)
+        tokens = np.zeros_like(positions)
+        tokens[valid] = list(itertools.chain(*fed))
+        self.held[slots[valid.nonzero()[0]], positions[valid]] = tokens[valid]
+        self.used[slots] = self.clock
+        self.length[slots] += counts
+        self.stats.update(passes=1, read=int(counts.sum()))
+        return np.stack([tokens, positions]), counts - 1
+
+    def _spread(self, feed: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+        """The same in these of `count` rows; the others are padding."""
+        out = np.zeros((2, count, feed.shape[2]), dtype=np.int64)
+        out[1] = self.context
+        out[:, rows] = feed
+        return out
+
+    def _replay(self, slots: np.ndarray, feed: np.ndarray, in_use: int) -> torch.Tensor:
+        """Logits [B, V] of a decoding pass, recorded once for each size: a GPU is done before its kernels are launched one by one."""
+        count, in_use = _size(int(slots.max()) + 1, 8, self.slots), _size(in_use, 256, self.context)
+
+        def logits(feed: torch.Tensor) -> torch.Tensor:
+            return self.head(_read(self.backbone, self.cache, slice(0, count), feed, in_use)[:, 0]).float()
+
+        feed = self._there(self._spread(feed, slots, count))
+        if (count, in_use) not in self.recorded:
+            self.recorded[count, in_use] = record(logits, feed, self.pool)
+        return self.recorded[count, in_use](feed)[self._there(slots)]
 
     def _there(self, x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(x).to(self.head.weight.device)
+        """On the model's device, without waiting for what the device is doing."""
+        x, device = torch.from_numpy(x), self.head.weight.device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
     def _trunk(self, requests: list[Request], rows: np.ndarray, count: int) -> "Trunk | None":
         """What the requests in these of `count` rows have in common, cut where most is saved; None if that is too little."""
@@ -370,16 +399,21 @@ class Engine:
         return Trunk(length, self._there(table), self._there(places))
 
 
-def _read(backbone, cache: "SlotCache", tokens: torch.Tensor, positions: torch.Tensor, trunk: "Trunk | None" = None) -> torch.Tensor:
-    """Hidden states [B, T, D] of new tokens [B, T] behind what `cache` holds; it knows from `plan` in which slots these are."""
+def _read(backbone, cache: "SlotCache", rows: slice | torch.Tensor, feed: torch.Tensor, in_use: int, trunk: "Trunk | None" = None):
+    """Hidden states [B, T, D] of the tokens and positions [2, B, T] of `feed`, behind what these slots of `cache` hold.
+
+    in_use: how many positions matter. Padding has the position `cache.context`: it is written there, and nobody sees it.
+    """
+    tokens, positions = feed
+    cache.plan(rows, positions, in_use)
     # Causal, and no row sees past its own.
-    unseen = torch.arange(cache.in_use, device=tokens.device) > positions[:, None, :, None]  # [B, 1, T, S]
-    mask = torch.zeros(unseen.shape, dtype=backbone.dtype, device=tokens.device).masked_fill_(unseen, -torch.inf)
+    unseen = torch.arange(in_use, device=feed.device) > positions[:, None, :, None]  # [B, 1, T, S]
+    mask = torch.zeros(unseen.shape, dtype=backbone.dtype, device=feed.device).masked_fill_(unseen, -torch.inf)
     config = backbone.config
     usual, config._attn_implementation = config._attn_implementation, "slots"
     try:
-        return backbone(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,
-                        trunk=trunk).last_hidden_state
+        return backbone(input_ids=tokens, position_ids=positions % cache.context, attention_mask=mask, past_key_values=cache,
+                        use_cache=True, trunk=trunk).last_hidden_state
     finally:
         config._attn_implementation = usual
 
@@ -412,15 +446,21 @@ def attend(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
            trunk: Trunk | None = None, **kwargs) -> tuple[torch.Tensor, None]:
     """Attention of queries [B, H, T, d] over keys and values [B, K, S, d], as transformers' layers call it -> [B, T, H, d].
 
-    A decoding pass (T = 1) does little but read keys and values. So those that a family has in common are read once for all of it.
+    A decoding pass (T = 1) does little but read keys and values. So those that a family has in common are read once for all of it,
+    and those that several heads have in common once for all of them (torch's attention, given a mask, wants a copy for each).
     """
-    if not trunk:
+    if query.shape[2] > 1 or not trunk and query.shape[1] == key.shape[1]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    n, (keys, values) = trunk.length, trunk.gather(module.layer_idx, key, value)
+    n = trunk.length if trunk else 0
     query = scaling * query.view(len(query), key.shape[1], -1, query.shape[3])  # [B, K, G, d], G = H / K
-    scores = trunk.apart(trunk.together(query) @ keys.mT), query @ key[:, :, n:].mT + attention_mask[..., n:]
-    shares = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)  # [B, K, G, S]
-    out = trunk.apart(trunk.together(shares[..., :n]) @ values) + shares[..., n:] @ value[:, :, n:]  # [B, K, G, d]
+    scores = query @ key[:, :, n:].mT + attention_mask[..., n:]
+    if trunk:
+        keys, values = trunk.gather(module.layer_idx, key, value)
+        scores = torch.cat([trunk.apart(trunk.together(query) @ keys.mT), scores], dim=-1)
+    shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)  # [B, K, G, S]
+    out = shares[..., n:] @ value[:, :, n:]  # [B, K, G, d]
+    if trunk:
+        out = out + trunk.apart(trunk.together(shares[..., :n]) @ values)
     return out.flatten(1, 2)[:, None], None
 
 
@@ -434,23 +474,21 @@ class SlotCache:
 
     def __init__(self, slots: int, context: int):
         self.slots, self.context = slots, context
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys, values: [slots, heads, context, size] each
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys, values: [slots, heads, context + 1, size] each
 
-    def plan(self, rows: slice | torch.Tensor, new: torch.Tensor, at: torch.Tensor, in_use: int) -> None:
-        """Of the next forward pass: which slots are its rows, which of its tokens are no padding, where their keys and values go.
-
-        new: [2, M] row and column. at: [2, M] slot and position. in_use: how many positions matter.
-        """
-        self.rows, self.new, self.at, self.in_use = rows, new, at, in_use
+    def plan(self, rows: slice | torch.Tensor, positions: torch.Tensor, in_use: int) -> None:
+        """Of the next forward pass: which slots are its rows, where in them its tokens [B, T] are, how many positions matter."""
+        self.rows, self.in_use = rows, in_use
+        self.at = torch.arange(self.slots, device=positions.device)[rows, None], positions
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, ...]:
         """Write the new keys and values [B, heads, T, size]; return all that the rows hold [B, heads, S, size]."""
         if layer_idx == len(self.layers):
-            shape = (self.slots, keys.shape[1], self.context, keys.shape[3])
+            shape = (self.slots, keys.shape[1], self.context + 1, keys.shape[3])
             self.layers.append((keys.new_zeros(shape), values.new_zeros(*shape[:3], values.shape[3])))
         (slots, positions), out = self.at, []
         for store, new in zip(self.layers[layer_idx], (keys, values)):
-            store[slots, :, positions] = new.transpose(1, 2)[*self.new]
+            store[slots, :, positions] = new.transpose(1, 2)
             out.append(store[self.rows, :, : self.in_use])
         return out[0], out[1]
 
@@ -464,6 +502,35 @@ class SlotCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.in_use
+
+
+def record(function: Callable, feed: torch.Tensor, pool) -> Callable:
+    """A CUDA graph of `function`, for inputs of this shape. It reads and writes the very tensors that were there when it was recorded
+    (weights, slots), and each replay overwrites what the last one returned. Graphs of one memory pool share what they need in between.
+    """
+    feed, graph, side = feed.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function(feed)  # libraries set themselves up when they are first used, which cannot be recorded
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph, pool=pool):
+        out = function(feed)
+
+    def replay(new: torch.Tensor) -> torch.Tensor:
+        feed.copy_(new)
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _size(n: int, least: int, most: int) -> int:
+    """The next power of two times `least`, but not more than `most`: few sizes, none more than twice too large.
+
+    >>> [_size(n, 8, 48) for n in (1, 8, 9, 30, 40)]
+    [8, 8, 16, 32, 48]
+    """
+    return min(most, least << max(0, math.ceil(math.log2(n / least))))
 
 
 def _common_prefix(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -505,13 +572,11 @@ def check_model(model) -> None:
 def _agrees(model, head) -> bool:
     """Do two passes through slots give the logits of one without?"""
     places = torch.arange(8, device=head.weight.device)
-    ids, cache, hidden = places[None] % head.weight.shape[0], SlotCache(1, 8), []
-    for part in (places[:5], places[5:]):
-        at = torch.stack([torch.zeros_like(part), part])  # in slot 0
-        cache.plan(slice(0, 1), at - at[:, :1], at, len(part) + int(part[0]))
-        hidden.append(_read(model.base_model, cache, ids[:, part], part[None]))
+    feed, cache, hidden = torch.stack([places % head.weight.shape[0], places])[:, None], SlotCache(1, 8), []
+    for part in (slice(0, 5), slice(5, 8)):
+        hidden.append(_read(model.base_model, cache, slice(0, 1), feed[..., part], part.stop))
     mask = (places[:, None] >= places)[None, None]  # as grpo.py has them
-    ours, theirs = (torch.cat(hidden, 1) @ head.weight.T).float(), model(input_ids=ids, attention_mask=mask).logits.float()
+    ours, theirs = (torch.cat(hidden, 1) @ head.weight.T).float(), model(input_ids=feed[0], attention_mask=mask).logits.float()
     tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 0.1
     return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
@@ -598,4 +663,5 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="", help="folder or hub id of a causal language model; empty: a small one")
     options = parser.parse_args()
     agents = 64 if options.bench else 8
-    _demo(AutoModelForCausalLM.from_pretrained(options.model) if options.model else small_model(1024), agents, agents // 3)
+    model = AutoModelForCausalLM.from_pretrained(options.model) if options.model else small_model(1024)
+    _demo(model.to("cuda" if torch.cuda.is_available() else "cpu"), agents, agents // 3)

@@ -183,12 +183,15 @@ PARTS = {"peers": peers, "reuse": reuse, "growth": growth, "hanging": hanging}
 
 
 def main() -> None:
+    global EPISODES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="folder of a causal language model; empty: the default one")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--part", choices=PARTS, default=None)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="at once, for all parts but growth")
     options = parser.parse_args()
+    EPISODES = options.episodes
     logging.set_verbosity_error()
     dtype, device = getattr(torch, options.dtype), "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype) if options.model else small_model(1024).to(dtype)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -436,6 +437,75 @@ def test_there_is_no_trunk_where_nothing_is_shared(monkeypatch):
         eng = engine()
         play([lambda n=n, eng=eng: eng.generate(tokens(20, n), 5, rng=Random(n)) for n in range(count)], count)
     assert found and not any(found)
+
+
+# ---- Recorded passes -----------------------------------------------------------------------------------------------------------
+
+class Traced:
+    """What stands in for a CUDA graph on a CPU: it repeats the operations that it saw, on the very tensors that it saw, and no Python."""
+
+    def __init__(self):
+        self.recordings, self.replays = [], 0
+
+    def record(self, function, feed, pool):
+        graph = make_fx(function)(feed.clone())
+        self.recordings.append(tuple(feed.shape[1:]))
+
+        def replay(new):
+            self.replays += 1
+            return graph(new)
+
+        return replay
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    stand_in = Traced()
+    monkeypatch.setattr(rollout, "record", stand_in.record)
+    return stand_in
+
+
+def on_gpu(eng):
+    eng.recorded = {}
+    return eng
+
+
+def test_recorded_passes_give_what_plain_ones_give(traced):
+    """Agents come and go, contexts grow, slots are reused, twins part: the tokens are those of the engine that launches each pass.
+
+    Idle rows of a recorded pass are computed, too: what they write must not harm the keys that their slots keep for later.
+    """
+    prompts = [tokens(30) + tokens(n % 5, n) for n in range(14)]
+
+    def run(eng):
+        return play([lambda n=n: talk(eng, prompts[n], n, new=4 + n % 3, temperature=0.8) for n in range(14)], 12)
+
+    plainly, eng = engine(slots=12, context=90), on_gpu(engine(slots=12, context=90))
+    ours, theirs = run(eng), run(plainly)
+    assert [s.ids for s in ours] == [s.ids for s in theirs] and gap(ours, 0.8) < 1e-5
+    assert eng.stats["read"] == plainly.stats["read"], "nothing had to be read again"
+    assert set(traced.recordings) == {(8, 1), (12, 1)} and len(traced.recordings) == 2
+    assert traced.replays > 20
+
+
+def test_a_pass_is_recorded_once_for_each_size(traced):
+    """Positions in use are rounded up, too; after an update in place the recordings still hold, with the new weights."""
+    model = tiny(seed=1, max_position_embeddings=1024)
+    eng = on_gpu(engine(model, slots=4, context=600))
+
+    def run():
+        return play([lambda: eng.generate(tokens(250), 12, rng=Random(0))], 1)[0]
+
+    run()
+    assert list(eng.recorded) == [(4, 256), (4, 512)]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    assert run().logps == pytest.approx(plain(tokens(250), 12, 0, model=model)[1], abs=1e-5)
+    assert len(traced.recordings) == 2
+    model.load_state_dict({name: x.clone() for name, x in tiny(seed=2).state_dict().items()}, assign=True)
+    model.tie_weights()
+    assert run().logps == pytest.approx(plain(tokens(250), 12, 0, model=model)[1], abs=1e-5)
+    assert len(traced.recordings) == 4, "those read tensors that are no more"
 
 
 # ---- Trouble -------------------------------------------------------------------------------------------------------------------
