@@ -507,6 +507,7 @@ class SlotCache:
 def record(function: Callable, feed: torch.Tensor, pool) -> Callable:
     """A CUDA graph of `function`, for inputs of this shape. It reads and writes the very tensors that were there when it was recorded
     (weights, slots), and each replay overwrites what the last one returned. Graphs of one memory pool share what they need in between.
+    These lines have not met a GPU yet; the tests put something else in their place.
     """
     feed, graph, side = feed.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
