@@ -496,7 +496,7 @@ class SlotCache:
         """Copy the first n tokens of one slot into another, for each (from, to, n)."""
         longest = max((n for _, _, n in copies), default=0)
         if longest:
-            source, target = (torch.tensor(x) for x in list(zip(*copies))[:2])
+            source, target = torch.tensor([copy[:2] for copy in copies], device=self.layers[0][0].device).T
             for store in (s for layer in self.layers for s in layer):
                 store[target, :, :longest] = store[source, :, :longest]
 

@@ -125,7 +125,7 @@ def peers(model, rounds: int) -> None:
 
 
 def reuse(model, rounds: int) -> None:
-    """What slots buy: the same episodes with an engine that forgets everything between turns."""
+    """What slots and trunks buy: the same episodes with an engine that forgets everything between turns, and one without trunks."""
 
     class Forgetful(Engine):
         def _admit(self):
@@ -133,9 +133,14 @@ def reuse(model, rounds: int) -> None:
             self.held[self.length == 0] = -1
             return super()._admit()
 
+    class Trunkless(Engine):
+        def _trunk(self, *args):
+            return None
+
     contexts = prompts(model.config.vocab_size, GROUP)
-    print("  keys and values kept between turns, and shared in a group")
-    engines = {"kept": make_engine(model, EPISODES), "forgotten": make_engine(model, EPISODES, kind=Forgetful)}
+    print("  keys and values kept between turns; what a group shares read once for all of it")
+    kinds = {"kept": Engine, "forgotten": Forgetful, "kept, without trunks": Trunkless}
+    engines = {name: make_engine(model, EPISODES, kind=kind) for name, kind in kinds.items()}
     steps = {name: lambda engine=engine: here(engine, contexts) for name, engine in engines.items()}
     against(race(steps, rounds), "kept", EPISODES * TURNS * SAMPLED)
 
