@@ -1,24 +1,23 @@
 """Many agents at once: one batched token engine behind `generate`.
 
 Agents are coroutines. Each asks for tokens when it wants some; the engine decodes for all that are waiting, one token each
-per pass through the model. A row that is finished gives its place to the next at once, and while an agent waits for a tool
-the others go on. Five ideas carry the file:
+per pass through the model (continuous batching). A row that is finished gives its place to the next at once, and while an
+agent waits for a tool the others go on.
 
-    slots        The keys and values of a context stay in a slot. A request starts from the slot that holds the longest
-                 prefix of it: its own last turn, or somebody else's copy of the same prompt. One rule covers turns, groups,
-                 shared instructions and rewritten histories; losing a slot costs time, never correctness.
-    twins        Requests that come together with the same context are computed once, for as long as they sample the same. A
-                 group's attempts often do, the more so the better the policy knows what to do.
-    trunks       A decoding pass does little but read keys and values; those that contexts have in common it reads once. On a GPU
-                 launching its kernels takes longer still, so there it is recorded for each size, as a CUDA graph, and replayed.
-    streams      Each episode samples from a random stream of its own, so it does not depend on its neighbours.
-    grace        Agents that were answered in one step get a short time to come back before the next one. Quick tools thus
-                 always rejoin at the same step, and a run can be repeated.
+    KV cache     The keys and values of a context stay in a slot. A request starts from the slot that holds the longest prefix
+                 of it: its own last turn, or another agent's copy of the same prompt (prefix cache). One rule covers turns,
+                 groups, shared instructions and rewritten histories. Losing a slot costs time, never correctness.
+    duplicates   Requests that come together with the same context are computed once, for as long as they sample the same
+                 tokens. The attempts of a group often do.
+    randomness   Each episode samples from a random stream of its own, so it does not depend on its neighbours.
+    threads      Passes run in a thread of their own, so the event loop, and with it every tool and agent, stays responsive.
+    rejoin       With a `rejoin_window` the engine gives the agents it has just answered a short time to come back before the
+    window       next pass. Quick tools then always rejoin at the same pass, and a run can be repeated bit by bit.
 
 Left out: paged memory, preemption, speculative decoding, top-k and top-p (what is sampled must be what is trained), models
-with sliding windows, recurrent layers or logits that are more than a product (`check_model` refuses them). Takes a transformers
-causal model; serves agent.py; its episodes go to grpo.py. `python rollout.py` plays with 8 agents, `--bench [--model MODEL]` measures
-64. Lift it with agent.py.
+with sliding windows, recurrent layers or logits that are more than a product (`check_model` refuses them). Takes a
+transformers causal model; serves agent.py; its episodes go to grpo.py. `python rollout.py` plays with 8 agents,
+`--bench [--model MODEL]` measures 64. Lift it with agent.py.
 """
 
 import argparse
@@ -28,23 +27,20 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_thread
 from dataclasses import dataclass, field
 from random import Random
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from agent import Completion
 
-WORTH_WAITING = 16  # tokens that a request must be spared by waiting for the next wave: a pass has a price, too
-WORTH_A_TRUNK = 2000  # tokens whose keys and values a pass must be spared by reading together what contexts share
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling
+# The idea: sample a token, append it, repeat
 
 
 def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,16 +52,40 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tenso
     >>> sample(logits, torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.9], dtype=torch.float64))[0].tolist()
     [1, 2]
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     greedy = temperature == 0
-    logps = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0).float()[:, None], dim=-1)  # [B, V]
-    cumulative = logps.exp().cumsum(-1, dtype=torch.float64)  # in float32 the last of 150,000 terms would be rounding
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    tokens = torch.where(greedy, logps.argmax(-1), drawn)
+    logps = torch.log_softmax(logits / temperature.masked_fill(greedy, 1.0).to(logits.dtype)[:, None], dim=-1)  # [B, V]
+    # In float32 the last of 150,000 terms would be lost to rounding.
+    cumulative = logps.exp().cumsum(-1, dtype=torch.float64)  # [B, V]
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]  # [B]
+    tokens = torch.where(greedy, logps.argmax(-1), drawn.clamp(max=logits.shape[-1] - 1))
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The engine
+@torch.inference_mode()
+def plain_generate(model, ids: list[int], max_new_tokens: int, stop_ids: set[int], rng: Random,
+                   temperature: float = 1.0) -> Completion:
+    """What the engine does, for one agent and without a KV cache: the whole context goes through the model for each token."""
+    new_ids, logps = [], []
+    while len(new_ids) < max_new_tokens:
+        logits = model(input_ids=torch.tensor([ids + new_ids], device=model.device)).logits[:, -1]  # [1, V]
+        drawn = torch.tensor([[temperature], [rng.random()]], dtype=torch.float64, device=model.device)
+        token, logp = sample(logits, *drawn)
+        new_ids.append(token.item())
+        logps.append(logp.item())
+        if new_ids[-1] in stop_ids:
+            return Completion(new_ids, logps, "stop")
+    return Completion(new_ids, logps, "length")
+
+
+# ======================================================================================================================
+# The fast version. Its tokens and log-probs are those of `plain_generate`
+
+PREFILL_TOKENS = 4096  # tokens of context that one pass reads: bounds the memory of prefill, not what can be read
+WORTH_WAITING = 16  # tokens that a request must be spared by waiting for the next batch: a pass has a price, too
+
+# One thread decodes for all engines: each thread that runs torch operations would keep helper threads of its own.
+DECODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
 
 
 @dataclass(eq=False)
@@ -80,326 +100,401 @@ class Request:
     order: int  # of its agent: first come, first served, and the same in every run
     future: asyncio.Future
     logps: list[float] = field(default_factory=list)
-    slot: int = -1  # none, while it waits or goes along with its leader
-    leader: "Request | None" = None  # the twin that is computed; None: itself
+    slot: int = -1  # none, while it waits or is computed by its leader
+    leader: "Request | None" = None  # the duplicate that is computed for this one, too; None: it is computed itself
+    finish: str = ""  # "stop" or "length" once it is done
 
 
 class Engine:
     """Continuous batching over `slots` contexts of at most `context` tokens each.
 
-    stop_ids: tokens that end a message. grace: seconds that agents answered in one step have to come back before the next.
-    Changing the model's weights in place (an optimizer does) is noticed, and all keys and values are then forgotten.
+    stop_ids: tokens that end a message. rejoin_window: seconds that agents have to come back before the next pass; 0: while
+    anything can be decoded, nobody is waited for. Changing the model's weights in place (an optimizer does) is noticed, and
+    all keys and values are then forgotten.
     `stats` counts, since the engine was made: steps, passes (through the model), context (tokens of all contexts it was
-    given), read (tokens that went through the model) and sampled; and seconds: reading (what is new in a context), decoding, and
-    waiting (for agents and their tools, while nobody decodes). Raises ValueError for a model it would get wrong.
+    given), read (tokens that went through the model) and sampled; and seconds: reading (prefill), decoding, and waiting (for
+    agents, within the window). Raises ValueError for a model it would get wrong.
     """
 
-    def __init__(self, model, stop_ids: set[int], *, slots: int = 64, context: int = 1024, grace: float = 0.25):
+    def __init__(self, model, stop_ids: set[int], *, slots: int = 64, context: int = 1024, rejoin_window: float = 0.0):
         check_model(model)
         self.model, self.backbone, self.head = model, model.base_model, model.get_output_embeddings()
-        self.stop_ids, self.slots, self.context, self.grace = stop_ids, slots, context, grace
+        self.head_weight = self.head.weight  # [V, D], in float32 at least; see _forget_if_trained
+        self.stop_ids, self.slots, self.context, self.rejoin_window = stop_ids, slots, context, rejoin_window
+        self.stats = Counter()
+
+        # What the slots hold. Touched by the decoding thread during a step, by nobody else.
         self.cache = SlotCache(slots, context)
-        self.trunk: Trunk | None = None  # what the requests of the last decoding pass have in common
-        self.decoding: list[Request] = []  # which these were
-        on_gpu = model.device.type == "cuda"
-        self.recorded: dict[tuple[int, int], Callable] | None = {} if on_gpu else None  # decoding passes, by rows and positions
-        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self.held = np.full((slots, context), -1, dtype=np.int64)  # the tokens whose keys and values are in a slot; -1: none
+        self.held = np.full((slots, context), -1, dtype=np.int64)  # tokens whose keys and values are in a slot; -1: none
         self.length = np.zeros(slots, dtype=np.int64)  # how many these are
         self.used = np.zeros(slots, dtype=np.int64)  # when a slot was last used, in steps
-        self.active: list[Request] = []  # being continued: in a slot, or behind a leader
-        self.waiting: list[Request] = []
         self.clock = 0
         self.weights: list = []  # what the keys and values were computed with
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []  # being continued: in a slot, or computed by a leader
+
+        # What agents and the event loop touch. Taken in between two steps.
+        self.arrived: list[Request] = []
+        self.cancelled: list[Request] = []
         self.serving: asyncio.Task | None = None
-        self.stats = Counter()
-        self.away: set[asyncio.Task] = set()  # agents that were answered in the last step
-        self.all_back: asyncio.Future | None = None
-        self.order: WeakKeyDictionary[asyncio.Task, int] = WeakKeyDictionary()  # first come, first served
-        self.arrivals = itertools.count()
+        self.running: list[Future] = []  # the step that the decoding thread is at, if any
+        self.away: set[asyncio.Task] = set()  # agents that may be back soon
+        self.somebody_back: asyncio.Event | None = None
+        self.order: WeakKeyDictionary[asyncio.Task, int] = WeakKeyDictionary()
+        self.agents = itertools.count()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # In the event loop: requests come, answers go
 
     async def generate(self, ids: list[int], max_new_tokens: int, *, rng: Random, temperature: float = 1.0) -> Completion:
         """Continue `ids` until a stop token or `max_new_tokens`. Raises ValueError if that cannot fit the context."""
         if not ids or max_new_tokens < 1 or len(ids) + max_new_tokens > self.context:
             raise ValueError(f"{len(ids)} tokens and {max_new_tokens} new ones do not fit a context of {self.context}")
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        order = self.order[task] if task in self.order else self.order.setdefault(task, next(self.arrivals))
-        request = Request(list(ids), len(ids), max_new_tokens, rng, temperature, order, loop.create_future())
-        if self.serving is None or self.serving.done() or self.serving.get_loop() is not loop:
-            self.waiting, self.active = [], []  # of an event loop that is no more
-            self.serving = asyncio.ensure_future(self._serve())
-        self.waiting.append(request)
-        self.stats["context"] += len(ids)
-        self._back(task)
-        task.remove_done_callback(self._back)
+        request = Request(list(ids), len(ids), max_new_tokens, rng, temperature, self._order_of(task), loop.create_future())
+        self._serve_in(loop)
+        self.arrived.append(request)
+        self._is_back(task)
         try:
-            out = await request.future
-        finally:
-            self._drop(request)
-        self.away.add(task)
-        task.add_done_callback(self._back)
-        return out
+            await request.future
+        except asyncio.CancelledError:
+            self.cancelled.append(request)
+            raise
+        self.expect(task)
+        return Completion(request.ids[request.prompt :], request.logps, request.finish)
+
+    def expect(self, task: asyncio.Task) -> None:
+        """This agent may soon ask for tokens: within the rejoin window it is waited for, unless it ends."""
+        self._order_of(task)
+        if task not in self.away:
+            self.away.add(task)
+            task.add_done_callback(self._is_back)
 
     def forget(self) -> None:
         """Be as good as new, but for `stats`."""
-        self.weights = self.weights[:1]
+        self.weights = []
+
+    def _order_of(self, task: asyncio.Task) -> int:
+        if task not in self.order:
+            self.order[task] = next(self.agents)
+        return self.order[task]
+
+    def _is_back(self, task: asyncio.Task) -> None:
+        task.remove_done_callback(self._is_back)
+        self.away.discard(task)
+        if self.somebody_back:
+            self.somebody_back.set()
+
+    def _serve_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Make sure that somebody serves, in this event loop."""
+        if self.serving and not self.serving.done() and self.serving.get_loop() is loop:
+            return
+        # What an event loop that is no more has left behind goes, once its last step is over.
+        wait_for_thread(self.running)
+        self.arrived, self.cancelled, self.waiting, self.active = [], [], [], []
+        self.away = {task for task in self.away if task.get_loop() is loop}
+        self.serving = loop.create_task(self._serve())
 
     async def _serve(self) -> None:
-        """Decode for as long as anybody waits."""
+        """Decode for as long as anybody waits, and nobody serves in another event loop."""
+        task = asyncio.current_task()
         try:
-            while True:
-                await self._settle()
-                if not self.waiting and not self.active:
-                    return
-                self._step()
-        except BaseException as e:  # everybody who waits must hear of it, and what the slots hold is not known any more
-            for request in self.waiting + self.active:
-                request.future.done() or request.future.set_exception(e)
-            self.waiting, self.active, self.weights = [], [], []
+            await self._rejoin()
+            while self.serving is task and self._take_in():
+                for request in await self._in_thread(self._step):
+                    if not request.future.done():  # it is, if its agent was cancelled during the step
+                        request.future.set_result(None)
+                await self._rejoin()
+        except BaseException as e:
+            if self.serving is task:
+                self._fail(e)
             if not isinstance(e, Exception):
                 raise
+
+    async def _in_thread(self, step: Callable):
+        """Run a step in the decoding thread. Returns only when it is over, even if this task is cancelled."""
+        self.running = [DECODING.submit(step)]
+        try:
+            return await asyncio.wrap_future(self.running[0])
         finally:
-            self.away.clear()
+            wait_for_thread(self.running)
 
-    async def _settle(self) -> None:
-        """Let the agents of the last step come back, but not for longer than the grace."""
-        await asyncio.sleep(0)  # those that were just answered have not run yet
-        if self.away:
-            began = time.perf_counter()
-            self.all_back = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self.all_back], timeout=self.grace)
+    async def _rejoin(self) -> None:
+        """Let the agents that were just answered come back, but for no longer than the window."""
+        await asyncio.sleep(0)  # they have not run yet
+        if not self.rejoin_window or not self.away:
+            return
+        began, self.somebody_back = time.perf_counter(), asyncio.Event()
+        try:
+            async with asyncio.timeout(self.rejoin_window):
+                while self.away:
+                    await self.somebody_back.wait()
+                    self.somebody_back.clear()
+        except TimeoutError:
+            for task in self.away:
+                task.remove_done_callback(self._is_back)
             self.away.clear()
-            self.stats["waiting"] += time.perf_counter() - began
+        self.stats["waiting"] += time.perf_counter() - began
 
-    def _back(self, task: asyncio.Task) -> None:
-        self.away.discard(task)
-        if not self.away and self.all_back and not self.all_back.done():
-            self.all_back.set_result(None)
+    def _take_in(self) -> bool:
+        """Take requests that arrived, and forget those cancelled, since the last step. Is there anything to decode?"""
+        self.waiting += self.arrived
+        self.stats["context"] += sum(request.prompt for request in self.arrived)
+        for request in self.cancelled:
+            self._drop(request)
+        self.arrived, self.cancelled = [], []
+        return bool(self.waiting or self.active)
+
+    def _fail(self, error: BaseException) -> None:
+        """Everybody who waits must hear of it. What the slots hold is not known any more; after NaN it must not stay."""
+        for request in self.arrived + self.waiting + self.active:
+            if not request.future.done():
+                request.future.set_exception(error)
+        self.arrived, self.waiting, self.active, self.weights = [], [], [], []
+        self.cache = SlotCache(self.slots, self.context)
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request whose agent no longer waits for it. One of its duplicates inherits its slot."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request not in self.active:
+            return
+        self.active.remove(request)
+        duplicates = [r for r in self.active if r.leader is request]
+        for duplicate in duplicates:
+            duplicate.leader = duplicates[0]
+        if duplicates:
+            duplicates[0].leader, duplicates[0].slot = None, request.slot
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # In the decoding thread: one token for everybody
 
     @torch.inference_mode()
-    def _step(self) -> None:
-        """One token for every request; the new ones are read first."""
+    def _step(self) -> list[Request]:
+        """One token for every request; new contexts are read first. Returns who is finished."""
         if not self.active:
             self._forget_if_trained()
         self.clock += 1
-        decoding, began = [r for r in self.active if not r.leader], time.perf_counter()
-        while wave := self._admit():
-            for part in self._alike(wave):
-                self._advance(part)
+        began, finished = time.perf_counter(), []
+        decoding = [r for r in self.active if not r.leader]
+        while batch := self._admit():
+            for part in _by_length(batch, self.length):
+                self._prefill(part)
+                finished += self._advance(part)
         read = time.perf_counter()
         if decoding:
-            self._advance(decoding)
+            finished += self._advance(decoding)
         self.stats.update(steps=1, reading=read - began, decoding=time.perf_counter() - read)
+        return finished
 
-    def _advance(self, leaders: list[Request]) -> None:
-        """Feed what their slots do not hold yet, sample the next token for each and for its twins, retire who is finished."""
-        families = {leader: [leader] for leader in leaders}
+    def _prefill(self, requests: list[Request]) -> None:
+        """Read long contexts piece by piece: all but the last piece of each, behind which `_advance` samples."""
+        piece = max(1, PREFILL_TOKENS // len(requests))
+        while unread := [r for r in requests if len(r.ids) - self.length[r.slot] > piece]:
+            self._read(unread, piece)
+
+    def _advance(self, leaders: list[Request]) -> list[Request]:
+        """Sample the next token for each of these, and for their duplicates. Returns who is finished."""
+        groups = {leader: [leader] for leader in leaders}
         for request in self.active:
-            if request.leader in families:
-                families[request.leader].append(request)
-        requests = [r for family in families.values() for r in family]
-        logits = self._forward(leaders)  # [B, V]
+            if request.leader in groups:
+                groups[request.leader].append(request)
+        requests = [r for group in groups.values() for r in group]
+        logits = self._logits(self._read(leaders))  # [B, V]
         if len(requests) > len(leaders):
-            logits = logits[self._there(np.repeat(np.arange(len(leaders)), [len(family) for family in families.values()]))]
-        temperature, uniform = self._there(np.array([[r.temperature, r.rng.random()] for r in requests]).T)
+            rows = np.repeat(np.arange(len(leaders)), [len(group) for group in groups.values()])
+            logits = logits[self._there(rows)]
+        self._sample(requests, logits)
+        finished = [r for r in requests if r.finish]
+        for request in finished:
+            self.active.remove(request)
+        if len(requests) > len(leaders):
+            self._separate(groups)
+        return finished
+
+    def _sample(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """One token for each request, from its row of logits [B, V] and its own random stream."""
+        drawn = np.array([[r.temperature, r.rng.random()] for r in requests])  # [B, 2]
+        temperature, uniform = self._there(np.ascontiguousarray(drawn.T))
         tokens, logps = sample(logits, temperature, uniform)
         self.stats["sampled"] += len(requests)
-        sampled = torch.stack([tokens.double(), logps.double()], dim=1).tolist()  # one wait for the device, not two
-        for request, (token, logp) in zip(requests, sampled):
+        both = torch.stack([tokens.double(), logps.double()], dim=1).tolist()  # one wait for the device, not two
+        for request, (token, logp) in zip(requests, both):
             if math.isnan(logp):
                 raise FloatingPointError("the model's logits are not finite: has the run diverged?")
             request.ids.append(int(token))
             request.logps.append(logp)
-            if token in self.stop_ids or len(request.logps) == request.limit:
-                self._retire(request, "stop" if token in self.stop_ids else "length")
-        if len(requests) > len(leaders):
-            self._separate(families)
+            if int(token) in self.stop_ids:
+                request.finish = "stop"
+            elif len(request.logps) == request.limit:
+                request.finish = "length"
 
-    def _retire(self, request: Request, finish: str) -> None:
-        self.active.remove(request)
-        out = Completion(request.ids[request.prompt :], request.logps, finish)
-        request.future.done() or request.future.set_result(out)
-
-    def _separate(self, families: dict[Request, list[Request]]) -> None:
-        """Twins that sampled another token than their leader go on behind a new one, with a copy of its keys and values."""
-        copies, active = [], set(self.active)
-        for leader, family in families.items():
-            by_token = {leader.ids[-1]: leader} if leader in active else {}
-            for request in (r for r in family[1:] if r in active):
-                request.leader = by_token.get(request.ids[-1])
-                if not request.leader:
-                    by_token[request.ids[-1]] = request
-                    request.slot = min(self._free(), key=lambda s: (self.used[s], s))
+    def _separate(self, groups: dict[Request, list[Request]]) -> None:
+        """Duplicates that sampled another token than their leader go on by themselves, with a copy of its keys and values."""
+        copies = []
+        for leader, group in groups.items():
+            leader_of = {} if leader.finish else {leader.ids[-1]: leader}  # by the token that was sampled
+            for request in group[1:]:
+                if request.finish:
+                    continue
+                request.leader = leader_of.get(request.ids[-1])
+                if request.leader is None:
+                    leader_of[request.ids[-1]] = request
+                    request.slot = self._oldest(self._free())
                     self._hold(request.slot, leader.ids[:-1])
                     copies.append((leader.slot, request.slot, len(leader.ids) - 1))
         self.cache.copy(copies)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Slots
+    # Admission: find a prefix, choose a slot
 
     def _admit(self) -> list[Request]:
-        """Give slots to waiting requests, and to each the longest prefix of its context that some slot holds.
+        """Move waiting requests into slots, each behind the longest prefix of its context that some slot holds.
 
-        Of several in a wave with the same context the first leads, the others follow. A request that shares more with one of this very
-        wave than with any slot waits for the next wave: what they have in common is read once, and copied.
+        Of several with the same context the first is computed, the others follow it. A request that shares more with one of
+        this very batch than with any slot waits for the next batch: what they have in common is read once, and copied.
         """
-        wave: list[Request] = []
-        if not self.waiting:
-            return wave
-        read = np.full((self.slots, self.context), -1)  # contexts of the wave, a row each
+        batch: list[Request] = []
+        contexts = np.full((self.slots, self.context), -1)  # of the batch, a row each
         copies: dict[int, tuple[int, int]] = {}  # to slot: from slot, tokens
-        leaders: dict[bytes, Request] = {}  # by their context
+        leaders: dict[tuple[int, ...], Request] = {}  # by their context
         for request in sorted(self.waiting, key=lambda r: r.order):
-            if len(self.active) == self.slots:  # one for each, should twins part
+            if len(self.active) == self.slots:  # a slot for each, should duplicates part
                 break
-            ids = np.array(request.ids)
-            request.leader = leaders.get(ids.tobytes())
-            if request.leader:
-                self.waiting.remove(request)
-                self.active.append(request)
-                continue
-            shared = _common_prefix(self.held[:, : len(ids)], ids)  # [slots]
-            # One token at least must be fed, to have something to predict from.
-            best = min(int(shared.max()), len(ids) - 1)
-            if wave and min(_common_prefix(read[: len(wave)], ids).max(), len(ids) - 1) >= best + WORTH_WAITING:
-                continue
-            free = self._free()
-            # Go on in a slot only if all it holds is ours: the rest may be somebody's who is waiting for a tool.
-            own = [s for s in free if shared[s] == self.length[s] and min(shared[s], len(ids) - 1) == best]
-            request.slot = own[0] if own else min(free, key=lambda s: (self.used[s], s))
-            if not own:
-                source = int(shared.argmax())
-                source = copies[source][0] if source in copies else source  # what it is about to receive is still there
-                copies[request.slot] = source, best
-            self._hold(request.slot, ids[:best])
-            self.waiting.remove(request)
+            request.leader = leaders.get(tuple(request.ids))
+            if request.leader is None:
+                ids = np.array(request.ids)
+                shared = self._shared_prefixes(ids)  # [slots]
+                within = _common_prefix(contexts[: len(batch)], ids[:-1]).max(initial=0)
+                if within >= shared.max() + WORTH_WAITING:
+                    continue
+                self._place(request, shared, copies)
+                contexts[len(batch), : len(ids)] = ids
+                batch.append(request)
+                leaders[tuple(request.ids)] = request
             self.active.append(request)
-            read[len(wave), : len(ids)] = ids
-            wave.append(request)
-            leaders[ids.tobytes()] = request
+        admitted = set(self.active)
+        self.waiting = [r for r in self.waiting if r not in admitted]
         self.cache.copy([(source, target, n) for target, (source, n) in copies.items()])
-        return wave
+        return batch
+
+    def _shared_prefixes(self, ids: np.ndarray) -> np.ndarray:
+        """[slots]: how many tokens of a context each slot holds. The last token must be fed, to predict from."""
+        return _common_prefix(self.held[:, : len(ids) - 1], ids[:-1])
+
+    def _place(self, request: Request, shared: np.ndarray, copies: dict[int, tuple[int, int]]) -> None:
+        """Choose a slot for a request. `shared` [slots]: tokens of its context in each slot. Notes the copy it needs, if any.
+
+        It goes on in the slot with its prefix only if that slot is idle and holds nothing else: the rest may belong to an
+        agent that waits for a tool.
+        """
+        best, free = int(shared.max()), self._free()
+        # A context that is asked for again ends with a token that its slot holds already, and that is fed once more.
+        own = [s for s in free if shared[s] == best and self._holds_only(s, request.ids)]
+        request.slot = own[0] if own else self._oldest(free)
+        if not own:
+            source = int(shared.argmax())
+            # A slot that is about to receive a copy still holds what it held: take it from where that comes from.
+            copies[request.slot] = copies[source][0] if source in copies else source, best
+        self._hold(request.slot, request.ids[:best])
+
+    def _holds_only(self, slot: int, ids: list[int]) -> bool:
+        """Is all that the slot holds a prefix of these tokens?"""
+        held = self.held[slot, : self.length[slot]]
+        return len(held) <= len(ids) and held.tolist() == ids[: len(held)]
 
     def _free(self) -> list[int]:
         busy = {r.slot for r in self.active}
         return [slot for slot in range(self.slots) if slot not in busy]
 
-    def _hold(self, slot: int, ids: list[int] | np.ndarray) -> None:
+    def _oldest(self, slots: list[int]) -> int:
+        return min(slots, key=lambda slot: (self.used[slot], slot))
+
+    def _hold(self, slot: int, ids: list[int]) -> None:
         """Note that a slot has the keys and values of these tokens, and of no others."""
         self.held[slot, : len(ids)] = ids
         self.held[slot, len(ids) :] = -1
         self.length[slot] = len(ids)
 
-    def _alike(self, wave: list[Request]) -> list[list[Request]]:
-        """Cut a wave by what is to be read: a turn's few new tokens are not to be padded to the length of a whole prompt."""
-
-        def new(request: Request) -> int:
-            return len(request.ids) - int(self.length[request.slot])
-
-        return [list(part) for _, part in itertools.groupby(sorted(wave, key=new), key=lambda r: max(new(r), 31).bit_length())]
-
-    def _drop(self, request: Request) -> None:
-        """Forget a request whose agent no longer waits for it (it was answered, or cancelled). A twin inherits its slot."""
-        for queue in (self.waiting, self.active):
-            if request in queue:
-                queue.remove(request)
-        twins = [r for r in self.active if r.leader is request]
-        for twin in twins:
-            twin.leader = twins[0] if twin is not twins[0] else None
-        if twins:
-            twins[0].slot = request.slot
-
     def _forget_if_trained(self) -> None:
+        """Keys and values of other weights are worthless."""
         parameters = list(self.model.parameters())
         probe = torch.cat([p.detach().flatten()[:4] for p in parameters]).tolist()  # fused optimizers do not count versions
         weights = [[p.data_ptr() for p in parameters], probe, [p._version for p in parameters]]
-        if self.recorded and weights[:1] != self.weights[:1]:
-            self.recorded.clear()  # they read the old tensors
-        if weights != self.weights:
-            self.weights, self.length[:], self.held[:] = weights, 0, -1
-            self.clock, self.used[:] = 0, 0  # as good as new: a resumed run must go on as one that was never stopped
+        if weights == self.weights:
+            return
+        self.weights, self.length[:], self.held[:] = weights, 0, -1
+        self.clock, self.used[:] = 0, 0  # as good as new: a resumed run must go on as one that was never stopped
+        # Logits in 16 bits would be rounded before the softmax, and sampling would differ from training.
+        self.head_weight = self.head.weight.to(torch.promote_types(self.head.weight.dtype, torch.float32))
 
     # ------------------------------------------------------------------------------------------------------------------
     # The model
 
-    def _forward(self, requests: list[Request]) -> torch.Tensor:
-        """Logits [B, V] of each request's next token."""
+    def _read(self, requests: list[Request], most: int | None = None) -> torch.Tensor:
+        """Feed what their slots do not hold yet, at most `most` tokens of each. Hidden states [B, D] of each one's last."""
         slots = np.array([r.slot for r in requests])
-        feed, last = self._feed(requests, slots)  # [2, B, T], [B]
-        decoding, in_use = feed.shape[2] == 1, int(self.length[slots].max())
-        if decoding and self.recorded is not None:
-            return self._replay(slots, feed, in_use)
+        fed = [r.ids[held:][:most] for r, held in zip(requests, self.length[slots])]
+        tokens, positions = self._padded(fed, self.length[slots])  # [B, T] each
+        self._note(slots, fed)
         # Keys of neighbouring slots are a view, those of scattered ones a copy: decode rows of idle slots along with the
         # busy ones while they are the fewer.
-        dense = slots.max() < (2 if decoding else 1) * len(slots)
-        where, rows = (slice(0, slots.max() + 1), slots) if dense else (self._there(slots), np.arange(len(slots)))
-        feed = self._spread(feed, rows, rows.max() + 1)
-        if decoding and requests != self.decoding:
-            self.decoding, self.trunk = requests, self._trunk(requests, rows, feed.shape[1])
-        hidden = _read(self.backbone, self.cache, where, self._there(feed), in_use, self.trunk if decoding else None)  # [B, T, D]
-        return self.head(hidden[*self._there(np.stack([rows, last]))]).float()
+        decoding = tokens.shape[1] == 1
+        if slots.max() < (2 if decoding else 1) * len(slots):
+            where, rows = slice(0, slots.max() + 1), slots
+        else:
+            where, rows = self._there(slots), np.arange(len(slots))
+        feed = self._there(self._in_rows(tokens, positions, rows))  # [2, rows, T]
+        hidden = _forward(self.backbone, self.cache, where, feed, int(self.length[slots].max()))  # [rows, T, D]
+        last = np.array([len(ids) - 1 for ids in fed])
+        return hidden[*self._there(np.stack([rows, last]))]
 
-    def _feed(self, requests: list[Request], slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What slots do not hold of their requests' contexts: tokens and positions [2, B, T]; where in T the last of each is, [B]."""
-        fed = [r.ids[held:] for r, held in zip(requests, self.length[slots])]
-        counts = np.array(list(map(len, fed)))
-        valid = np.arange(counts.max()) < counts[:, None]  # [B, T]: the rest is padding
-        positions = np.where(valid, self.length[slots, None] + np.arange(counts.max()), self.context)
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, D] -> [B, V]"""
+        return hidden.to(self.head_weight.dtype) @ self.head_weight.T
+
+    def _padded(self, fed: list[list[int]], behind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, T], and their positions [B, T] behind `behind` [B] others. Padding has the position `context`."""
+        counts = np.array([len(ids) for ids in fed])
+        steps = np.arange(counts.max())
+        valid = steps < counts[:, None]  # [B, T]
+        positions = np.where(valid, behind[:, None] + steps, self.context)
         tokens = np.zeros_like(positions)
         tokens[valid] = list(itertools.chain(*fed))
-        self.held[slots[valid.nonzero()[0]], positions[valid]] = tokens[valid]
+        return tokens, positions
+
+    def _note(self, slots: np.ndarray, fed: list[list[int]]) -> None:
+        """Note that these tokens are in the slots from now on."""
+        for slot, ids in zip(slots, fed):
+            end = self.length[slot] + len(ids)
+            self.held[slot, self.length[slot] : end] = ids
+            self.length[slot] = end
         self.used[slots] = self.clock
-        self.length[slots] += counts
-        self.stats.update(passes=1, read=int(counts.sum()))
-        return np.stack([tokens, positions]), counts - 1
+        self.stats.update(passes=1, read=sum(map(len, fed)))
 
-    def _spread(self, feed: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-        """The same in these of `count` rows; the others are padding."""
-        out = np.zeros((2, count, feed.shape[2]), dtype=np.int64)
+    def _in_rows(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Tokens and positions [2, R, T] with requests in these rows; the other rows are padding."""
+        out = np.zeros((2, rows.max() + 1, tokens.shape[1]), dtype=np.int64)
         out[1] = self.context
-        out[:, rows] = feed
+        out[0, rows], out[1, rows] = tokens, positions
         return out
-
-    def _replay(self, slots: np.ndarray, feed: np.ndarray, in_use: int) -> torch.Tensor:
-        """Logits [B, V] of a decoding pass, recorded once for each size: a GPU is done before its kernels are launched one by one."""
-        count, in_use = _size(int(slots.max()) + 1, 8, self.slots), _size(in_use, 256, self.context)
-
-        def logits(feed: torch.Tensor) -> torch.Tensor:
-            return self.head(_read(self.backbone, self.cache, slice(0, count), feed, in_use)[:, 0]).float()
-
-        feed = self._there(self._spread(feed, slots, count))
-        if (count, in_use) not in self.recorded:
-            self.recorded[count, in_use] = record(logits, feed, self.pool)
-        return self.recorded[count, in_use](feed)[self._there(slots)]
 
     def _there(self, x: np.ndarray) -> torch.Tensor:
         """On the model's device, without waiting for what the device is doing."""
         x, device = torch.from_numpy(x), self.head.weight.device
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-    def _trunk(self, requests: list[Request], rows: np.ndarray, count: int) -> "Trunk | None":
-        """What the requests in these of `count` rows have in common, cut where most is saved; None if that is too little."""
-        by_agent = np.argsort([r.order for r in requests], kind="stable")  # a group's agents came one after the other
-        slots, rows = np.array([r.slot for r in requests])[by_agent], rows[by_agent]
-        held = self.held[slots, : self.length[slots].max()]
-        shared = np.minimum(_common_prefix(held[1:], held[:-1]), self.length[slots[1:]])  # [B - 1], with the one before
-        lengths = np.sort(shared)[::-1]
-        families = np.arange(len(lengths), 0, -1)  # that a trunk of such a length leaves
-        saved = lengths * (len(rows) - 3 * families)  # the keys of each are read, written and read again
-        if saved.max(initial=0) < WORTH_A_TRUNK:
-            return None
-        length = int(lengths[saved.argmax()])
-        family = np.cumsum([0, *(shared < length)])
-        first = np.flatnonzero(np.diff(family, prepend=-1))
-        place = np.stack([family, np.arange(len(rows)) - first[family]])
-        table = np.repeat(rows[first, None], place[1].max() + 1, axis=1)
-        table[*place] = rows
-        places = np.zeros((2, count), dtype=np.int64)
-        places[:, rows] = place
-        return Trunk(length, self._there(table), self._there(places))
+
+def _by_length(batch: list[Request], length: np.ndarray) -> list[list[Request]]:
+    """Cut a batch by how much is to be read: a turn's few new tokens are not to be padded to the length of a whole prompt."""
+    parts: dict[int, list[Request]] = {}
+    for request in sorted(batch, key=lambda r: len(r.ids) - length[r.slot]):
+        unread = int(len(request.ids) - length[request.slot])
+        parts.setdefault(max(unread, 31).bit_length(), []).append(request)
+    return list(parts.values())
 
 
-def _read(backbone, cache: "SlotCache", rows: slice | torch.Tensor, feed: torch.Tensor, in_use: int, trunk: "Trunk | None" = None):
+def _forward(backbone, cache: "SlotCache", rows: slice | torch.Tensor, feed: torch.Tensor, in_use: int) -> torch.Tensor:
     """Hidden states [B, T, D] of the tokens and positions [2, B, T] of `feed`, behind what these slots of `cache` hold.
 
     in_use: how many positions matter. Padding has the position `cache.context`: it is written there, and nobody sees it.
@@ -409,62 +504,8 @@ def _read(backbone, cache: "SlotCache", rows: slice | torch.Tensor, feed: torch.
     # Causal, and no row sees past its own.
     unseen = torch.arange(in_use, device=feed.device) > positions[:, None, :, None]  # [B, 1, T, S]
     mask = torch.zeros(unseen.shape, dtype=backbone.dtype, device=feed.device).masked_fill_(unseen, -torch.inf)
-    config = backbone.config
-    usual, config._attn_implementation = config._attn_implementation, "slots"
-    try:
-        return backbone(input_ids=tokens, position_ids=positions % cache.context, attention_mask=mask, past_key_values=cache,
-                        use_cache=True, trunk=trunk).last_hidden_state
-    finally:
-        config._attn_implementation = usual
-
-
-@dataclass
-class Trunk:
-    """Families: rows of a decoding pass whose contexts begin with the same tokens."""
-
-    length: int  # how many tokens; the same number for all families
-    rows: torch.Tensor  # [F, M] which rows a family has; a smaller one names its first again
-    places: torch.Tensor  # [2, B] of which family a row is, and which of it
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by layer: keys, values
-
-    def gather(self, layer: int, *stores: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[B, K, S, d] of each row -> [K, F, length, d] of each family; once for as long as the rows stay the same."""
-        if layer not in self.kept:
-            self.kept[layer] = tuple(x.transpose(0, 1)[:, self.rows[:, 0], : self.length] for x in stores)
-        return self.kept[layer]
-
-    def together(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, K, G, n] -> [K, F, M * G, n]"""
-        return x.transpose(0, 1)[:, self.rows].flatten(2, 3)
-
-    def apart(self, x: torch.Tensor) -> torch.Tensor:
-        """[K, F, M * G, n] -> [B, K, G, n]"""
-        return x.unflatten(2, (self.rows.shape[1], -1))[:, *self.places].transpose(0, 1)
-
-
-def attend(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, *, scaling: float,
-           trunk: Trunk | None = None, **kwargs) -> tuple[torch.Tensor, None]:
-    """Attention of queries [B, H, T, d] over keys and values [B, K, S, d], as transformers' layers call it -> [B, T, H, d].
-
-    A decoding pass (T = 1) does little but read keys and values. So those that a family has in common are read once for all of it,
-    and those that several heads have in common once for all of them (torch's attention, given a mask, wants a copy for each).
-    """
-    if query.shape[2] > 1 or not trunk and query.shape[1] == key.shape[1]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    n = trunk.length if trunk else 0
-    query = scaling * query.view(len(query), key.shape[1], -1, query.shape[3])  # [B, K, G, d], G = H / K
-    scores = query @ key[:, :, n:].mT + attention_mask[..., n:]
-    if trunk:
-        keys, values = trunk.gather(module.layer_idx, key, value)
-        scores = torch.cat([trunk.apart(trunk.together(query) @ keys.mT), scores], dim=-1)
-    shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)  # [B, K, G, S]
-    out = shares[..., n:] @ value[:, :, n:]  # [B, K, G, d]
-    if trunk:
-        out = out + trunk.apart(trunk.together(shares[..., :n]) @ values)
-    return out.flatten(1, 2)[:, None], None
-
-
-AttentionInterface.register("slots", attend)
+    return backbone(input_ids=tokens, position_ids=positions % cache.context, attention_mask=mask, past_key_values=cache,
+                    use_cache=True).last_hidden_state
 
 
 class SlotCache:
@@ -504,45 +545,16 @@ class SlotCache:
         return self.in_use
 
 
-def record(function: Callable, feed: torch.Tensor, pool) -> Callable:
-    """A CUDA graph of `function`, for inputs of this shape. It reads and writes the very tensors that were there when it was recorded
-    (weights, slots), and each replay overwrites what the last one returned. Graphs of one memory pool share what they need in between.
-    These lines have not met a GPU yet; the tests put something else in their place.
-    """
-    feed, graph, side = feed.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function(feed)  # libraries set themselves up when they are first used, which cannot be recorded
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph, pool=pool):
-        out = function(feed)
-
-    def replay(new: torch.Tensor) -> torch.Tensor:
-        feed.copy_(new)
-        graph.replay()
-        return out
-
-    return replay
-
-
-def _size(n: int, least: int, most: int) -> int:
-    """The next power of two times `least`, but not more than `most`: few sizes, none more than twice too large.
-
-    >>> [_size(n, 8, 48) for n in (1, 8, 9, 30, 40)]
-    [8, 8, 16, 32, 48]
-    """
-    return min(most, least << max(0, math.ceil(math.log2(n / least))))
-
-
 def _common_prefix(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """How many leading tokens of `ids`, or of its own line of them, each row shares.
+    """How many leading tokens of `ids` [L] each row [R, L'] shares: [R].
 
     >>> _common_prefix(np.array([[1, 2, 9], [1, 2, 3], [7, 2, 3]]), np.array([1, 2, 3])).tolist()
     [2, 3, 0]
     """
-    width = min(rows.shape[1], ids.shape[-1])
-    differ = rows[:, :width] != ids[..., :width]
-    return np.where(differ.any(1), differ.argmax(1), width)
+    width = min(rows.shape[1], len(ids))
+    differ = np.ones((len(rows), width + 1), dtype=bool)  # the last column ends the search
+    differ[:, :width] = rows[:, :width] != ids[:width]
+    return differ.argmax(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -575,7 +587,7 @@ def _agrees(model, head) -> bool:
     places = torch.arange(8, device=head.weight.device)
     feed, cache, hidden = torch.stack([places % head.weight.shape[0], places])[:, None], SlotCache(1, 8), []
     for part in (slice(0, 5), slice(5, 8)):
-        hidden.append(_read(model.base_model, cache, slice(0, 1), feed[..., part], part.stop))
+        hidden.append(_forward(model.base_model, cache, slice(0, 1), feed[..., part], part.stop))
     mask = (places[:, None] >= places)[None, None]  # as grpo.py has them
     ours, theirs = (torch.cat(hidden, 1) @ head.weight.T).float(), model(input_ids=feed[0], attention_mask=mask).logits.float()
     tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 0.1
@@ -604,10 +616,11 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
 # Episodes
 
 
-def play(starts: list[Callable[[], Coroutine]], at_once: int) -> list:
+def play(starts: list[Callable[[], Coroutine]], at_once: int, engine: Engine | None = None) -> list:
     """Run many episodes, at most `at_once` at a time; results in the order of `starts`. The first failure is raised.
 
     starts: functions that make an agent's coroutine, such as `lambda: Agent(engine, chat).run(env, seed)`.
+    engine: is told of each agent as it begins, so that the rejoin window holds for the first message, too.
     """
 
     async def all_of_them() -> list:
@@ -615,6 +628,8 @@ def play(starts: list[Callable[[], Coroutine]], at_once: int) -> list:
 
         async def one(start: Callable[[], Coroutine]):
             async with gate:
+                if engine:
+                    engine.expect(asyncio.current_task())
                 return await start()
 
         return await asyncio.gather(*(one(start) for start in starts))

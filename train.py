@@ -67,6 +67,7 @@ from tools import schema, tools_of
 
 RUNS = Path("runs")
 WARM_BATCH = 32  # demonstrations per update of the warm start
+REJOIN_WINDOW = 0.25  # seconds in which quick tools rejoin at the same decoding step: so a run repeats bit by bit
 KEEP = 3  # newest checkpoints that stay, beside the first
 MOST_DEMONSTRATIONS = 15000  # distinct ones; beyond that they are shown again
 EXTRA = {"maze": 2.5}  # environments shown more often than their messages are long: reading a map is learned late
@@ -242,7 +243,8 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
         chat = Chat(tokenizer)
         ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one
         stops = chat.stop_ids | set(ends if isinstance(ends, list) else [ends]) - {None}
-        return chat, Engine(model, stops, slots=min(128, config.tasks_per_step * config.group_size), context=config.context)
+        return chat, Engine(model, stops, slots=min(128, config.tasks_per_step * config.group_size),
+                            context=config.context, rejoin_window=REJOIN_WINDOW)
     except ValueError as e:
         raise UserError(str(e)) from e
 
@@ -280,17 +282,19 @@ def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple
 
         return attempt
 
-    episodes = play_together([start(g, spec, seed, m) for g, (spec, seed) in enumerate(tasks) for m in range(size)], llm.slots, size)
+    starts = [start(group, spec, seed, member) for group, (spec, seed) in enumerate(tasks) for member in range(size)]
+    episodes = play_together(starts, llm.slots, size, llm)
     if all(e.error for e in episodes):  # or a run would go on like this, learning nothing, until its steps are spent
         raise UserError(f"the environment failed in every episode of step {step}: {episodes[0].error}")
     return episodes
 
 
-def play_together(starts: list, at_once: int, size: int = 1) -> list[Episode]:
+def play_together(starts: list, at_once: int, size: int = 1, engine: Engine | None = None) -> list[Episode]:
     """`play`, of which each process does its share, by groups of `size`; all get all episodes, in the order of `starts`."""
     rank, world = ranks()
     players = [i // size % world for i in range(len(starts))]
-    shares = [iter(share) for share in gather(play([start for start, p in zip(starts, players) if p == rank], at_once))]
+    own = [start for start, player in zip(starts, players) if player == rank]
+    shares = [iter(share) for share in gather(play(own, at_once, engine))]
     return [next(shares[p]) for p in players]
 
 

@@ -125,7 +125,7 @@ def peers(model, rounds: int) -> None:
 
 
 def reuse(model, rounds: int) -> None:
-    """What slots and trunks buy: the same episodes with an engine that forgets everything between turns, and one without trunks."""
+    """What the KV cache buys between turns: the same episodes with an engine that forgets everything after each turn."""
 
     class Forgetful(Engine):
         def _admit(self):
@@ -133,13 +133,9 @@ def reuse(model, rounds: int) -> None:
             self.held[self.length == 0] = -1
             return super()._admit()
 
-    class Trunkless(Engine):
-        def _trunk(self, *args):
-            return None
-
     contexts = prompts(model.config.vocab_size, GROUP)
-    print("  keys and values kept between turns; what a group shares read once for all of it")
-    kinds = {"kept": Engine, "forgotten": Forgetful, "kept, without trunks": Trunkless}
+    print("  keys and values kept between turns")
+    kinds = {"kept": Engine, "forgotten": Forgetful}
     engines = {name: make_engine(model, EPISODES, kind=kind) for name, kind in kinds.items()}
     steps = {name: lambda engine=engine: here(engine, contexts) for name, engine in engines.items()}
     against(race(steps, rounds), "kept", EPISODES * TURNS * SAMPLED)

@@ -45,13 +45,13 @@ class Clock(train.Clock):
 
 def make_engine(*args):
     chat, engine = train_make_engine(*args)
-    engine.head.forward = timed("forward, sampling", engine.head.forward)
+    engine._logits = timed("forward, sampling", engine._logits)
     return chat, engine
 
 
 def main() -> None:
     train.make_engine = make_engine
-    rollout._read = timed("forward, sampling", rollout._read)
+    rollout._forward = timed("forward, sampling", rollout._forward)
     grpo.hidden_states = timed("forward, training", grpo.hidden_states)
     grpo.linear_policy_loss = timed("head and loss", grpo.linear_policy_loss)
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -26,7 +25,7 @@ from transformers import (
 import rollout
 from grpo import GRPOConfig, Row, hidden_states, make_packs
 from kernels import linear_logps
-from rollout import Engine, SlotCache, check_model, play, sample, small_model
+from rollout import Engine, SlotCache, check_model, plain_generate, play, sample, small_model
 
 V = 60
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -34,23 +33,18 @@ SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
 
 
 def tiny(seed=0, kind=LlamaConfig, **options):
+    """In float64: what is exact must be exact on every CPU, whatever the order in which it adds."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(kind(**{**SIZES, "initializer_range": 0.2, **options})).eval()
+    return AutoModelForCausalLM.from_config(kind(**{**SIZES, "initializer_range": 0.2, **options})).eval().double()
 
 
 MODEL = tiny()
 
 
-@torch.no_grad()
 def plain(ids, new, seed=None, temperature=1.0, model=None, rng=None, stop=()):
     """Sample without a cache or a batch: (ids, logps)."""
-    ids, out, logps, rng = list(ids), [], [], rng or Random(seed)
-    while len(out) < new and not (out and out[-1] in stop):
-        logits = (model or MODEL)(input_ids=torch.tensor([ids + out])).logits[:, -1]
-        token, logp = sample(logits, torch.tensor([temperature]), torch.tensor([rng.random()], dtype=torch.float64))
-        out.append(token.item())
-        logps.append(logp.item())
-    return out, logps
+    out = plain_generate(model or MODEL, list(ids), new, set(stop), rng or Random(seed), temperature)
+    return out.ids, out.logps
 
 
 def engine(model=None, stop=(), **options):
@@ -89,8 +83,8 @@ def gap(segments, temperature, model=None):
 
 def test_sample_inverts_the_cumulative_distribution():
     """The token drawn is the first whose cumulative probability exceeds the uniform number; its logp is at the temperature."""
-    logits, rng = torch.randn(40, 11, generator=torch.Generator().manual_seed(0)) * 3, Random(1)
-    temperature = torch.tensor([rng.choice([0.5, 1.0, 1.7]) for _ in range(40)])
+    logits, rng = torch.randn(40, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3, Random(1)
+    temperature = torch.tensor([rng.choice([0.5, 1.0, 1.7]) for _ in range(40)], dtype=torch.float64)
     uniform = torch.tensor([rng.random() for _ in range(40)], dtype=torch.float64)
     drawn, logps = sample(logits, temperature, uniform)
     for row in range(40):
@@ -100,7 +94,7 @@ def test_sample_inverts_the_cumulative_distribution():
             if expected is None and total > uniform[row]:
                 expected = token
         assert drawn[row] == expected
-        assert logps[row].item() == pytest.approx(math.log(p[expected]), abs=1e-5)
+        assert logps[row].item() == pytest.approx(math.log(p[expected]), abs=1e-9)
 
 
 def test_sample_has_the_right_frequencies():
@@ -140,7 +134,7 @@ def test_stop_tokens_end_a_message_and_belong_to_it():
     outs = play([lambda s=s: eng.generate(tokens(5), 10, rng=Random(s)) for s in range(20)], 20)
     for seed, out in enumerate(outs):
         ids, logps = plain(tokens(5), 10, seed, stop=stop)
-        assert out.ids == ids and out.logps == pytest.approx(logps, abs=1e-5)
+        assert out.ids == ids and out.logps == pytest.approx(logps, abs=1e-9)
         assert out.finish == ("stop" if ids[-1] in stop else "length")
     assert "stop" in {out.finish for out in outs}
 
@@ -154,7 +148,7 @@ def test_contract_04_sampling_logps_are_those_of_a_plain_pass(slots):
     prompts = [common + tokens(n, n) for n in (5, 25, 40)] + [tokens(30, 9)]
     eng = engine(slots=slots)
     segments = play([lambda p=p, m=m: talk(eng, p, m, temperature=0.7) for p in prompts for m in range(5)], 20)
-    assert gap(segments, 0.7) < 1e-5
+    assert gap(segments, 0.7) < 1e-9
 
 
 @pytest.mark.parametrize("pack_tokens", [1, 150, 100_000])
@@ -170,7 +164,7 @@ def test_contract_04_packed_logps_are_those_of_sampling(pack_tokens):
     packs = make_packs(rows, GRPOConfig(pack_tokens=pack_tokens))
     for pack in packs:
         logps, _ = linear_logps(hidden_states(MODEL, pack), MODEL.get_output_embeddings().weight, pack.targets, temperature=0.7)
-        assert (logps - pack.behavior_logps).abs().max() < 1e-5
+        assert (logps - pack.behavior_logps).abs().max() < 1e-6  # a pack keeps float32: 6e-8 of a log-prob of up to 10
     assert sum(len(p.targets) for p in packs) == sum(sum(s.sampled) for s in segments)
 
 
@@ -207,17 +201,17 @@ def test_every_context_goes_through_the_model_once():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("limits", [[9] * 8, [1, 9, 4, 9, 9, 2, 6, 9]], ids=["one limit", "many"])
-def test_twins_get_what_each_would_get_alone(temperature, limits):
+def test_duplicate_requests_get_what_each_would_get_alone(temperature, limits):
     """They part when they sample differently, when one may write less, when it has met a stop token. The first is the leader."""
     stops, limit = {3, 4}, dict(enumerate(limits))
     eng = engine(stop=stops)
     outs = play([lambda m=m: eng.generate(tokens(30), limit[m], rng=Random(m), temperature=temperature) for m in range(8)], 8)
     for m, out in enumerate(outs):
         ids, logps = plain(tokens(30), limit[m], m, temperature, stop=stops)
-        assert out.ids == ids and out.logps == pytest.approx(logps, abs=1e-5)
+        assert out.ids == ids and out.logps == pytest.approx(logps, abs=1e-9)
 
 
-def test_a_twin_goes_on_when_its_leader_is_cancelled():
+def test_a_duplicate_goes_on_when_its_leader_is_cancelled():
     """The leader's agent gives up in the middle of a message: its slot is inherited by those that went along with it."""
     eng = engine()
 
@@ -243,7 +237,7 @@ def test_a_turn_costs_its_new_tokens_only():
 
 def test_the_context_of_an_agent_at_its_tool_is_left_alone():
     """Who begins with the same prompt copies it. Going on in the slot itself would cost the absent agent all it had."""
-    eng = engine(grace=0.0)
+    eng = engine(rejoin_window=0.0)
 
     async def late():
         await asyncio.sleep(0.1)
@@ -288,7 +282,7 @@ def test_slots_survive_any_traffic(seed):
     outs = play(starts, rng.choice([3, 9, 40]))
     segments = [SimpleNamespace(ids=c + o.ids, sampled=[False] * len(c) + [True] * len(o.ids), logps=[0.0] * len(c) + o.logps)
                 for c, o in zip(contexts, outs)]
-    assert gap(segments, 0.7) < 1e-5
+    assert gap(segments, 0.7) < 1e-9
 
 
 def test_copies_of_one_wave_read_before_they_write():
@@ -317,7 +311,7 @@ def test_new_weights_make_the_engine_forget(how):
         model.load_state_dict(tiny(seed=2).state_dict())
     [out] = play([lambda: eng.generate(tokens(20), 4, rng=Random(0))], 1)
     assert eng.stats["read"] == 2 * (20 + 3)
-    assert out.logps == pytest.approx(plain(tokens(20), 4, 0, model=model)[1], abs=1e-5)
+    assert out.logps == pytest.approx(plain(tokens(20), 4, 0, model=model)[1], abs=1e-9)
 
 
 def test_a_trained_engine_is_as_good_as_a_new_one():
@@ -326,7 +320,7 @@ def test_a_trained_engine_is_as_good_as_a_new_one():
 
     def slots_of(eng):
         seen, advance = [], eng._advance
-        eng._advance = lambda requests: (seen.extend(r.slot for r in requests), advance(requests))
+        eng._advance = lambda requests: seen.extend(r.slot for r in requests) or advance(requests)
         play([lambda n=n: talk(eng, tokens(20) + tokens(5, n), n) for n in range(6)], 4)
         return seen
 
@@ -359,14 +353,14 @@ async def errand(eng, seconds, turns=3, log=None, name="", prompt=5):
 
 def test_quick_tools_rejoin_at_the_same_step():
     """Tools of different, short duration: all three turns of all agents are decoded together, 3 times 4 steps."""
-    eng = engine(grace=2.0)
+    eng = engine(rejoin_window=2.0)
     play([lambda s=s: errand(eng, s) for s in (0, 0.001, 0.02, 0.04)], 4)
     assert eng.stats["steps"] == 12
 
 
 def test_a_slow_tool_holds_nobody_up_for_longer_than_the_grace():
     """The others pay the grace once for each slow call, not once for each step of its duration."""
-    eng, log = engine(grace=0.05), []
+    eng, log = engine(rejoin_window=0.05), []
     start = time.perf_counter()
 
     async def timed():
@@ -379,133 +373,10 @@ def test_a_slow_tool_holds_nobody_up_for_longer_than_the_grace():
 
 def test_an_agent_that_ends_or_fails_is_not_waited_for():
     """The grace is for agents on their way back; one whose episode is over must not cost it."""
-    eng = engine(grace=5.0)
+    eng = engine(rejoin_window=5.0)
     start = time.perf_counter()
     play([lambda n=n: errand(eng, 0, turns=n) for n in (1, 2, 3, 1)], 2)
     assert time.perf_counter() - start < 2
-
-
-# ---- Trunks --------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("heads", [2, 6])
-def test_attention_over_a_trunk_is_attention(heads):
-    """Oracle: torch's, over each row's own keys. Families of 3, 2 and 1; one idle row; rows out of order; grouped heads."""
-    g = torch.Generator().manual_seed(0)
-    key, value = torch.randn(2, 7, 2, 20, 8, generator=g)
-    query, members, shared = torch.randn(7, heads, 1, 8, generator=g), [[5, 1, 2], [0, 6], [3]], 11
-    for x in (key, value):
-        for first, *others in members:
-            x[others, :, :shared] = x[first, :, :shared].clone()
-    lengths = torch.tensor([12, 20, 15, 13, 1, 11, 18])  # row 4 is idle
-    mask = torch.zeros(7, 1, 1, 20).masked_fill_(torch.arange(20) >= lengths[:, None, None, None], -torch.inf)
-    table, places = torch.tensor([[5, 1, 2], [0, 6, 0], [3, 3, 3]]), torch.zeros(2, 7, dtype=torch.long)
-    for f, rows in enumerate(members):
-        for m, row in enumerate(rows):
-            places[:, row] = torch.tensor([f, m])
-    layer = SimpleNamespace(layer_idx=0)
-    trunk = rollout.Trunk(shared, table, places)
-    for _ in range(2):  # the second time from what it kept
-        out, _ = rollout.attend(layer, query, key, value, mask, scaling=0.3, trunk=trunk)
-        for row in (0, 1, 2, 3, 5, 6):
-            ours, n = out[row, 0], lengths[row]
-            theirs = torch.nn.functional.scaled_dot_product_attention(
-                query[row], key[row, :, :n], value[row, :, :n], scale=0.3, enable_gqa=True)  # fmt: skip
-            assert torch.allclose(ours, theirs[:, 0], atol=1e-6)
-
-
-def test_what_groups_share_is_read_once_while_decoding_and_nobody_notices(monkeypatch):
-    """Groups of 5, 4 and 3 behind prompts of 40, 30 and 50 tokens: a trunk of 30 tokens, and plain's tokens."""
-    found, trunk = [], Engine._trunk
-    monkeypatch.setattr(rollout, "WORTH_A_TRUNK", 1)
-    monkeypatch.setattr(Engine, "_trunk", lambda *args: found.append(trunk(*args)) or found[-1])
-    prompts = [tokens(n, seed=n) for n, members in ((40, 5), (30, 4), (50, 3)) for _ in range(members)]
-    eng = engine(slots=12)
-    segments = play([lambda i=i: talk(eng, prompts[i], i, new=4 + i % 3, temperature=1.3) for i in range(12)], 12)
-    assert (30, (3, 5)) in {(t.length, tuple(t.rows.shape)) for t in found if t}
-    for i, s in enumerate(segments):
-        first = [x for x, sampled in zip(s.ids, s.sampled) if sampled][: 4 + i % 3]
-        assert first == plain(prompts[i], 4 + i % 3, i, 1.3)[0]
-    assert gap(segments, 1.3) < 1e-5
-
-
-def test_there_is_no_trunk_where_nothing_is_shared(monkeypatch):
-    """A trunk's keys are gathered: strangers, or one agent alone, are cheaper without."""
-    found, trunk = [], Engine._trunk
-    monkeypatch.setattr(rollout, "WORTH_A_TRUNK", 1)
-    monkeypatch.setattr(Engine, "_trunk", lambda *args: found.append(trunk(*args)) or found[-1])
-    for count in (1, 6):
-        eng = engine()
-        play([lambda n=n, eng=eng: eng.generate(tokens(20, n), 5, rng=Random(n)) for n in range(count)], count)
-    assert found and not any(found)
-
-
-# ---- Recorded passes -----------------------------------------------------------------------------------------------------------
-
-class Traced:
-    """What stands in for a CUDA graph on a CPU: it repeats the operations that it saw, on the very tensors that it saw, and no Python."""
-
-    def __init__(self):
-        self.recordings, self.replays = [], 0
-
-    def record(self, function, feed, pool):
-        graph = make_fx(function)(feed.clone())
-        self.recordings.append(tuple(feed.shape[1:]))
-
-        def replay(new):
-            self.replays += 1
-            return graph(new)
-
-        return replay
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    stand_in = Traced()
-    monkeypatch.setattr(rollout, "record", stand_in.record)
-    return stand_in
-
-
-def on_gpu(eng):
-    eng.recorded = {}
-    return eng
-
-
-def test_recorded_passes_give_what_plain_ones_give(traced):
-    """Agents come and go, contexts grow, slots are reused, twins part: the tokens are those of the engine that launches each pass.
-
-    Idle rows of a recorded pass are computed, too: what they write must not harm the keys that their slots keep for later.
-    """
-    prompts = [tokens(30) + tokens(n % 5, n) for n in range(14)]
-
-    def run(eng):
-        return play([lambda n=n: talk(eng, prompts[n], n, new=4 + n % 3, temperature=0.8) for n in range(14)], 12)
-
-    plainly, eng = engine(slots=12, context=90), on_gpu(engine(slots=12, context=90))
-    ours, theirs = run(eng), run(plainly)
-    assert [s.ids for s in ours] == [s.ids for s in theirs] and gap(ours, 0.8) < 1e-5
-    assert eng.stats["read"] == plainly.stats["read"], "nothing had to be read again"
-    assert set(traced.recordings) == {(8, 1), (12, 1)} and len(traced.recordings) == 2
-    assert traced.replays > 20
-
-
-def test_a_pass_is_recorded_once_for_each_size(traced):
-    """Positions in use are rounded up, too; after an update in place the recordings still hold, with the new weights."""
-    model = tiny(seed=1, max_position_embeddings=1024)
-    eng = on_gpu(engine(model, slots=4, context=600))
-
-    def run():
-        return play([lambda: eng.generate(tokens(250), 12, rng=Random(0))], 1)[0]
-
-    run()
-    assert list(eng.recorded) == [(4, 256), (4, 512)]
-    with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
-    assert run().logps == pytest.approx(plain(tokens(250), 12, 0, model=model)[1], abs=1e-5)
-    assert len(traced.recordings) == 2
-    model.load_state_dict({name: x.clone() for name, x in tiny(seed=2).state_dict().items()}, assign=True)
-    model.tie_weights()
-    assert run().logps == pytest.approx(plain(tokens(250), 12, 0, model=model)[1], abs=1e-5)
-    assert len(traced.recordings) == 4, "those read tensors that are no more"
 
 
 # ---- Trouble -------------------------------------------------------------------------------------------------------------------
@@ -577,7 +448,7 @@ def test_an_engine_outlives_its_event_loops():
     abandoned.run_until_complete(asyncio.sleep(0.01))  # and nobody ever finishes it
     for _ in range(2):
         segments = play([lambda n=n: talk(eng, tokens(10, n), n) for n in range(5)], 5)
-        assert gap(segments, 1.0) < 1e-5
+        assert gap(segments, 1.0) < 1e-9
     task.cancel()
     abandoned.run_until_complete(asyncio.gather(task, return_exceptions=True))
     abandoned.close()
@@ -619,7 +490,7 @@ def test_common_models_are_right(kind, options):
     model = tiny(kind=kind, **options)
     eng = engine(model, slots=3)
     segments = play([lambda n=n: talk(eng, tokens(12), n) for n in range(5)], 5)
-    assert gap(segments, 1.0, model) < 1e-4
+    assert gap(segments, 1.0, model) < 1e-9
 
 
 @pytest.mark.parametrize(("kind", "options", "why"), [
