@@ -393,11 +393,11 @@ def imitate(model, chat: Chat, factories: dict, config: Config, keep=lambda epis
 
 
 class Imitator:
-    """The optimizer of the warm start. For the small model, whose weights begin random, Muon on the layers' matrices: it learns to
-    copy in a third of the steps. For all else, and in the loop, AdamW: rewards are noise for the most part, and Muon steps as far
-    along the noise as along the signal.
+    """The optimizer of the warm start.
 
-    Both take the same learning rate: Muon's steps are scaled to the size of Adam's (arXiv 2502.16982).
+    For the small model, whose weights begin random: Muon on the layers' matrices, which learn to copy in a third of the
+    updates. For all else, and in the loop, AdamW: rewards are noisy, and Muon steps as far along the noise as along the signal.
+    Both take the same learning rate.
     """
 
     def __init__(self, model, config: Config):
@@ -407,17 +407,60 @@ class Imitator:
         others = [p for p in masters(model) if id(p) not in chosen]
         self.parts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)]
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(matrices))
 
     def set_lr(self, step: int) -> None:
         """20 steps up to the peak, down to a tenth of it."""
         share = min(1.0, step / 20) * (1 - 0.9 * step / self.config.warmup_updates)
-        for group in (group for part in self.parts for group in part.param_groups):
-            group["lr"] = self.config.warmup_lr * share
+        for part in self.parts:
+            part.param_groups[0]["lr"] = self.config.warmup_lr * share
 
     def step(self) -> None:
         for part in self.parts:
             part.step()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: a matrix moves equally far in all directions (Muon; scaled as in arXiv 2502.16982).
+
+    Not torch.optim.Muon: that one multiplies in bfloat16, which most laptops' CPUs emulate slowly.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], momentum: float = 0.95):
+        super().__init__(matrices, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group, by_shape = self.param_groups[0], defaultdict(list)
+        for p in group["params"]:
+            by_shape[p.shape].append(p)
+        for shape, matrices in by_shape.items():
+            directions = orthogonal(torch.stack([self._direction(p, group["momentum"]) for p in matrices]))
+            size = 0.2 * max(shape) ** 0.5  # an entry moves as far as with Adam
+            for p, direction in zip(matrices, directions):
+                p.add_(direction, alpha=-group["lr"] * size)
+
+    def _direction(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
+        """Nesterov's momentum of the gradient: keeps the average of p's gradients."""
+        average = self.state[p].setdefault("average", torch.zeros_like(p))
+        average.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Matrices [K, M, N] with the same singular vectors, and singular values near 1: five Newton-Schulz steps.
+
+    >>> orthogonal(torch.tensor([[[0.01, 0.0], [0.0, 0.02]]])).round(decimals=1)
+    tensor([[[1.1000, 0.0000],
+             [0.0000, 0.7000]]])
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x  # Keller Jordan's coefficients
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
