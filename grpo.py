@@ -67,7 +67,8 @@ class GRPOConfig:
     kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL term to the model before RL"})
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
     epochs: int = field(default=3, metadata={"help": "updates per batch of episodes"})
-    pack_tokens: int = field(default=2048, metadata={"help": "tokens computed in one pass (memory, not maths)"})
+    pack_tokens: int = field(default=2048, metadata={
+        "help": "tokens computed in one pass (memory, not maths); rows that share a prefix stay together, even if they are more"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "the gradient is scaled down to this norm"})
 
 
@@ -196,40 +197,43 @@ PASS = 100  # tokens that cost as much as starting one more pass
 
 
 class Tree:
-    """Rows folded together: a token is one node for all rows that are the same up to it.
+    """A prefix tree of rows: a token is one node for all rows that are the same up to it.
+
+    Rows are added in sorted order. So nodes are numbered depth first, and the nodes below a node
+    are the ones right behind it. `ends` says where these end: node i lies below node j, or is j,
+    if j <= i < ends[j]. That is all that attention has to know.
 
     >>> tree = Tree()
     >>> for ids in ([5, 6, 7, 1], [5, 6, 8, 9, 1]):
     ...     tree.add(Row(ids, [len(ids) - 1], [1.0], [0.0], 0), [1.0])
-    >>> tree.ids, tree.above, tree.positions
-    ([5, 6, 7, 8, 9], [-1, 0, 1, 1, 3], [0, 1, 2, 2, 3])
+    >>> tree.ids, tree.positions, tree.ends
+    ([5, 6, 7, 8, 9], [0, 1, 2, 2, 3], [5, 5, 3, 5, 5])
     """
 
     def __init__(self):
         self.ids: list[int] = []  # a token for each node
-        self.above: list[int] = []  # the node before it, -1 for none
         self.positions: list[int] = []  # in the rows that share it
-        self.children: dict[tuple[int, int], int] = {}  # (node above, token): node
+        self.ends: list[int] = []  # one past the last node below it
+        self.path: list[int] = []  # the nodes of the row that was added last
         self.rows: list[tuple[Row, list[float], list[int]]] = []  # with its weights, and its nodes
 
     def add(self, row: Row, weights: list[float]) -> None:
-        nodes, node = [], -1
-        for position, token in enumerate(row.inputs):
-            place = node, token
-            if place not in self.children:
-                self.children[place] = len(self.ids)
-                self.ids.append(token), self.above.append(node), self.positions.append(position)
-            node = self.children[place]
-            nodes.append(node)
-        self.rows.append((row, weights, nodes))
+        """Of all rows before it, a sorted row shares most with the last one."""
+        tokens, first = row.inputs, len(self.ids)
+        shared = _common_prefix([self.ids[node] for node in self.path], tokens)
+        new = tokens[shared:]
+        self.ids += new
+        self.positions += range(shared, len(tokens))
+        self.ends += [0] * len(new)
+        self.path = [*self.path[:shared], *range(first, len(self.ids))]
+        for node in self.path:
+            self.ends[node] = len(self.ids)
+        self.rows.append((row, weights, self.path))
 
-    def mask(self) -> np.ndarray:
-        """[T, T]: a node attends to itself and to those above it."""
-        mask = np.eye(len(self.ids), dtype=bool)
-        for node, above in enumerate(self.above):
-            if above >= 0:
-                mask[node] |= mask[above]
-        return mask
+    @property
+    def branches(self) -> bool:
+        """False: each node follows the one before it, as in a single row."""
+        return min(self.ends) < len(self.ids)
 
 
 @dataclass
@@ -238,10 +242,10 @@ class Pack:
 
     ids: torch.Tensor  # [B, T] a tree in each line, padded at the right
     positions: torch.Tensor  # [B, T]
-    mask: torch.Tensor  # [B, 1, T, T] which token attends to which
+    ends: torch.Tensor | None  # [B, T] as in Tree; None: no tree branches, attention is plain causal
     source: torch.Tensor  # [N] which of the B * T hidden states predicts a trained token; one may serve several rows
     targets: torch.Tensor  # [N] the trained tokens
-    advantages: torch.Tensor  # [N]
+    advantages: torch.Tensor  # [N] in float64, like all below: the loss rounds to its own precision
     weights: torch.Tensor  # [N] with the token normaliser they sum to 1 over all packs of a batch
     behavior_logps: torch.Tensor  # [N]
     episodes: torch.Tensor  # [N] which episode a token is of
@@ -249,37 +253,42 @@ class Pack:
     ref_logps: torch.Tensor | None = None  # [N]
 
 
-def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | str = "cpu") -> list[Pack]:
-    """Fold rows into trees, and lay trees of about one size side by side: at most `pack_tokens` in a pass, if one row allows it.
+def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | str = "cpu", rank: int = 0, world: int = 1) -> list[Pack]:
+    """Fold rows into trees, and lay trees of about one size side by side. Of `world` processes, this one gets its share.
 
-    A sequence that has one ratio for all its tokens is never cut.
+    Trees side by side have at most `pack_tokens` tokens. A tree alone may have more: to cut it is to compute the prefix of its
+    rows twice. A sequence that has one ratio for all its tokens is never cut.
     """
     sequences = defaultdict(list)
     for number, (row, weights) in enumerate(zip(rows, token_weights(rows, config))):
         sequences[row.episode if config.sequence_ratio else number].append((row, weights))
-    trees = _fold(sorted(sequences.values(), key=lambda s: s[0][0].inputs), config.pack_tokens)  # neighbours begin alike
+    trees = _fold(sorted(sequences.values(), key=lambda s: s[0][0].inputs))  # neighbours begin alike
     packs: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda t: len(t.ids)):
         if packs and _fits(tree, packs[-1], config.pack_tokens):
             packs[-1].append(tree)
         else:
             packs.append([tree])
-    return [_pack(trees, device) for trees in packs]
+    return [_pack(trees, device) for trees in packs[rank::world]]
 
 
 def _cost(tokens: int) -> float:
     return tokens * (1 + tokens / DENSE)
 
 
-def _fold(sequences: list[list[tuple[Row, list[float]]]], pack_tokens: int) -> list[Tree]:
-    """Trees of neighbouring sequences, cut where all of them together cost least: the best cut before each is found in turn."""
+def _fold(sequences: list[list[tuple[Row, list[float]]]]) -> list[Tree]:
+    """Trees of neighbouring sequences, cut where all of them together cost least: the best cut before each is found in turn.
+
+    This bounds a tree, too. The more rows share a prefix, the more of them look past one another,
+    and a prefix is not worth more than that: no tree has more than three times the tokens of its
+    longest row, and DENSE more.
+    """
     tokens = np.cumsum([0] + [len(_tree([s]).ids) for s in sequences])
     shared = np.cumsum([0, 0] + [_common_prefix(a[0][0].inputs, b[0][0].inputs) for a, b in pairwise(sequences)])
     least, begin = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=int)
     for end in range(1, len(tokens)):
         sizes = tokens[end] - tokens[:end] - (shared[end] - shared[1 : end + 1])  # of the tree that begins at 0, 1, ...
-        costs = least[:end] + _cost(sizes) + np.where(sizes > pack_tokens, np.inf, 0.0)
-        costs[-1] = least[end - 1] + _cost(sizes[-1])  # a sequence alone may be larger
+        costs = least[:end] + _cost(sizes)
         begin[end], least[end] = costs.argmin(), costs.min()
     trees, end = [], len(sequences)
     while end:
@@ -290,7 +299,7 @@ def _fold(sequences: list[list[tuple[Row, list[float]]]], pack_tokens: int) -> l
 
 def _tree(sequences: list[list[tuple[Row, list[float]]]]) -> Tree:
     tree = Tree()
-    for row, weights in chain(*sequences):
+    for row, weights in sorted(chain(*sequences), key=lambda r: r[0].inputs):
         tree.add(row, weights)
     return tree
 
@@ -306,18 +315,30 @@ def _fits(tree: Tree, pack: list[Tree], pack_tokens: int) -> bool:
 
 
 def _pack(trees: list[Tree], device: torch.device | str) -> Pack:
-    shape = len(trees), len(trees[-1].ids)  # the largest stands last
-    ids, positions, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64), np.zeros((*shape, shape[1]), dtype=bool)
-    mask[:, :, 0] = True  # for padding, whose softmax would be NaN
-    for b, tree in enumerate(trees):
-        n = len(tree.ids)
-        ids[b, :n], positions[b, :n], mask[b, :n, :n] = tree.ids, tree.positions, tree.mask()
-    trained = [(b * shape[1] + nodes[p - 1], row.ids[p], row.episode, *floats) for b, tree in enumerate(trees)
-               for row, weights, nodes in tree.rows for p, *floats in zip(row.trained, row.advantages, weights, row.logps)]
-    dtypes = [torch.long] * 3 + [torch.float32] * 3
-    source, targets, episodes, advantages, weights, logps = (torch.tensor(x, dtype=d, device=device) for x, d in zip(zip(*trained), dtypes))
-    ids, positions, mask = (torch.from_numpy(x).to(device) for x in (ids, positions, mask))
-    return Pack(ids, positions, mask[:, None], source, targets, advantages, weights, logps, episodes)
+    width = max(len(tree.ids) for tree in trees)
+    ids = torch.zeros(len(trees), width, dtype=torch.long)
+    # Padding goes on counting: a position that does not would look like the start of another row.
+    positions = torch.arange(width).repeat(len(trees), 1)
+    ends = torch.full_like(ids, width)
+    source, targets, episodes, advantages, weights, logps = [], [], [], [], [], []
+    for line, tree in enumerate(trees):
+        size = len(tree.ids)
+        ids[line, :size] = torch.tensor(tree.ids)
+        positions[line, :size] = torch.tensor(tree.positions)
+        ends[line, :size] = torch.tensor(tree.ends)
+        for row, row_weights, nodes in tree.rows:
+            source += [line * width + nodes[position - 1] for position in row.trained]
+            targets += [row.ids[position] for position in row.trained]
+            episodes += [row.episode] * len(row.trained)
+            advantages += row.advantages
+            weights += row_weights
+            logps += row.logps
+    whole = [torch.tensor(x, device=device) for x in (source, targets, episodes)]
+    real = [torch.tensor(x, dtype=torch.float64, device=device) for x in (advantages, weights, logps)]
+    source, targets, episodes = whole
+    advantages, weights, logps = real
+    ends = ends.to(device) if any(tree.branches for tree in trees) else None
+    return Pack(ids.to(device), positions.to(device), ends, source, targets, advantages, weights, logps, episodes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,9 +347,27 @@ def _pack(trees: list[Tree], device: torch.device | str) -> Pack:
 
 def hidden_states(model, pack: Pack) -> torch.Tensor:
     """The last hidden state [N, D] before each trained token. The gradients of all rows that share a token meet in it."""
-    states = model.base_model(input_ids=pack.ids, position_ids=pack.positions, attention_mask=pack.mask, use_cache=False)
+    mask = attention_mask(pack, next(model.parameters()).dtype)
+    states = model.base_model(input_ids=pack.ids, position_ids=pack.positions, attention_mask=mask, use_cache=False)
     # Not states[source], although that is what it is: its backward pass adds up in another order each time.
     return torch.nn.functional.embedding(pack.source, states.last_hidden_state.flatten(0, 1))
+
+
+def attention_mask(pack: Pack, dtype: torch.dtype) -> torch.Tensor | None:
+    """[B, 1, T, T]: 0 where a token attends to another, -inf elsewhere. None: to all before it.
+
+    All layers share it. Of a boolean mask, attention would make such a one in each layer, and
+    keep it for the backward pass.
+    """
+    if pack.ends is None:
+        return None
+    lines, width = pack.ids.shape
+    place = torch.arange(width, device=pack.ids.device)
+    attends = (place <= place[:, None]) & (place[:, None] < pack.ends[:, None, None, :])  # [B, 1, T, T]
+    # A GPU wants lines that begin at multiples of 8 numbers, or copies the mask in each layer.
+    aligned = -(-width // 8) * 8
+    mask = torch.full((lines, 1, width, aligned), -math.inf, dtype=dtype, device=place.device)
+    return mask[..., :width].masked_fill_(attends, 0.0)
 
 
 def pack_loss(hidden: torch.Tensor, head: torch.Tensor, pack: Pack, config: GRPOConfig, temperature: float = 1.0):
@@ -341,6 +380,21 @@ def pack_loss(hidden: torch.Tensor, head: torch.Tensor, pack: Pack, config: GRPO
         sequence_ids=pack.episodes if config.sequence_ratio else None, temperature=temperature)  # fmt: skip
 
 
+def add_gradient(model, pack: Pack, config: GRPOConfig, temperature: float = 1.0):
+    """Add the gradient of a pack's loss to the model's, and nothing else. Returns (loss, Stats)."""
+    head = model.get_output_embeddings().weight
+    loss, stats = pack_loss(hidden_states(model, pack), head, pack, config, temperature)
+    loss.backward()
+    return loss.item(), stats
+
+
+@torch.no_grad()
+def pack_logps(model, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
+    """[N] the log-probs a model gives to the trained tokens."""
+    head = model.get_output_embeddings().weight
+    return linear_logps(hidden_states(model, pack), head, pack.targets, temperature=temperature)[0]
+
+
 def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperature: float = 1.0, reference=None) -> dict:
     """Improve the model on a batch of rows, once per epoch. Returns what happened.
 
@@ -349,42 +403,44 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
     `skipped` counts these; the rest of the report is of the last epoch. Of several processes each is given all rows: so every
     normaliser is that of the whole batch, and who rolled an episode out does not matter here.
     """
-    (rank, world), head = ranks(), model.get_output_embeddings().weight
-    packs = make_packs(rows, config, next(model.parameters()).device)[rank::world]  # there may be none for this process
-    report = {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan, "grad_norm": 0.0, "skipped": 0}
-    for pack in packs if reference is not None and config.kl_coef else []:
-        with torch.no_grad():
-            pack.ref_logps = linear_logps(hidden_states(reference, pack), reference.get_output_embeddings().weight, pack.targets,
-                                          temperature=temperature)[0]
+    rank, world = ranks()
+    packs = make_packs(rows, config, next(model.parameters()).device, rank, world)  # this process may have none
+    report = {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan, "grad_norm": 0.0,
+              "largest_pack": 0, "skipped": 0}
+    if reference is not None and config.kl_coef:
+        for pack in packs:
+            pack.ref_logps = pack_logps(reference, pack, temperature)
     for _ in range(config.epochs if rows else 0):
         forget_gradients(model)
-        stats, total = [], 0.0
-        for pack in packs:
-            loss, stat = pack_loss(hidden_states(model, pack), head, pack, config, temperature)
-            loss.backward()
-            stats.append(stat)
-            total += loss.item()
-        for pack, stat in zip(packs, stats):
-            pack.old_logps = stat.logps if pack.old_logps is None else pack.old_logps
+        results = [add_gradient(model, pack, config, temperature) for pack in packs]
+        for pack, (_, stats) in zip(packs, results):
+            pack.old_logps = stats.logps if pack.old_logps is None else pack.old_logps
         sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(masters(model), config.max_grad_norm).item()
         if math.isfinite(norm):
             with sharded(model):
                 optimizer.step()
             follow_masters(model)
-        report = {**_report(packs, stats, total), "grad_norm": norm, "skipped": report["skipped"] + int(not math.isfinite(norm))}
+        skipped = report["skipped"] + int(not math.isfinite(norm))
+        report = {**_report(packs, results), "grad_norm": norm, "skipped": skipped}
     forget_gradients(model)
     return report
 
 
-def _report(packs: list[Pack], stats: list, loss: float) -> dict[str, float]:
+def _report(packs: list[Pack], results: list) -> dict[str, float]:
+    """What all processes together have to say of an epoch."""
     names = ("logps", "entropy", "ratio", "clipped")
-    own = [torch.stack([*(getattr(s, name).float() for name in names), p.behavior_logps]).cpu() for p, s in zip(packs, stats)]
-    losses, columns = zip(*gather((loss, torch.cat([torch.empty(5, 0), *own], dim=1))))
+    own = [torch.empty(5, 0)]
+    for pack, (_, stats) in zip(packs, results):
+        columns = [getattr(stats, name).float() for name in names]
+        own.append(torch.stack([*columns, pack.behavior_logps.float()]).cpu())  # [5, N]
+    loss = sum(loss for loss, _ in results)
+    largest = max((pack.ids.numel() for pack in packs), default=0)
+    losses, sizes, columns = zip(*gather((loss, largest, torch.cat(own, dim=1))))
     logps, entropy, ratio, clipped, behavior_logps = torch.cat(columns, dim=1)
     gap = logps - behavior_logps  # log(policy now / policy that sampled)
     return {"loss": sum(losses), "entropy": entropy.nanmean().item(), "ratio_max": ratio.nan_to_num(1.0).max().item(),
-            "clipped": clipped.nanmean().item(), "kl": (gap.exp() - gap - 1).nanmean().item()}
+            "clipped": clipped.nanmean().item(), "kl": (gap.exp() - gap - 1).nanmean().item(), "largest_pack": max(sizes)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

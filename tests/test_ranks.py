@@ -83,8 +83,8 @@ def processes(words, cwd, n=2):
 
 # ---- what is computed by one process, and by two ----
 
-# For fourteen rows: seven packs, or eleven, so two processes never have the same number.
-GRADIENTS = {"seven packs": {"pack_tokens": 21}, "every episode the same": {"pack_tokens": 14, "normaliser": "episode"},
+# For seven groups: seven packs, or three, so two processes never have the same number.
+GRADIENTS = {"seven packs": {"pack_tokens": 21}, "every episode the same": {"pack_tokens": 100, "normaliser": "episode"},
              "one ratio per episode": {"pack_tokens": 21, "sequence_ratio": True},
              "cispo and entropy": {"pack_tokens": 21, "kind": "cispo", "entropy_coef": 0.1}}
 ALONE = "one pack, so one process has none"
@@ -103,7 +103,7 @@ def updated(config, rows, shard, dtype=torch.float64):
 
 def updates(shard, dtype=torch.float64):
     """{case: what `updated` gives}"""
-    many = make_rows(batch(5), GRPOConfig())[0]
+    many = make_rows(batch(5, groups=7, size=2), GRPOConfig())[0]
     if dtype == torch.float32:
         return {"seven packs": updated(GRPOConfig(**GRADIENTS["seven packs"]), many, shard, dtype)}
     out = {name: updated(GRPOConfig(**options), many, shard) for name, options in GRADIENTS.items()}
@@ -182,7 +182,7 @@ def test_contract_06_two_processes_make_the_gradient_of_one(computed, case, shar
 
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
 def test_contract_06_in_float32_they_differ_by_rounding(computed, shard):
-    """Sums of fourteen rows, in another order: some units in the last of seven digits. `-s` shows the figures."""
+    """Sums of twenty rows, in another order: some units in the last of seven digits. `-s` shows the figures."""
     for dtype, most in ((torch.float64, 1e-15), (torch.float32, 1e-6)):
         (g, *_), (e, *_) = (computed[key]["seven packs"][0] for key in ((shard, dtype), dtype))
         largest, relative = distance(g, e)
@@ -191,8 +191,8 @@ def test_contract_06_in_float32_they_differ_by_rounding(computed, shard):
 
 
 def test_the_cases_are_what_they_are_called():
-    rows = make_rows(batch(5), GRPOConfig())[0]
-    assert [len(make_packs(rows, GRPOConfig(**options))) for options in GRADIENTS.values()] == [7, 11, 7, 7]
+    rows = make_rows(batch(5, groups=7, size=2), GRPOConfig())[0]
+    assert [len(make_packs(rows, GRPOConfig(**options))) for options in GRADIENTS.values()] == [7, 3, 7, 7]
     assert len(make_packs(rows[:1], GRPOConfig())) == 1
 
 
