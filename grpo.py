@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -380,12 +382,53 @@ def pack_loss(hidden: torch.Tensor, head: torch.Tensor, pack: Pack, config: GRPO
         sequence_ids=pack.episodes if config.sequence_ratio else None, temperature=temperature)  # fmt: skip
 
 
+def add_gradients(model, packs: list[Pack], config: GRPOConfig, temperature: float = 1.0) -> list:
+    """Add the gradients of all packs to the model's, in the order of the packs. Returns (loss, Stats) of each.
+
+    The operations of a large model share the cores. Those of a small one are too short for that:
+    with one thread for each (`torch.set_num_threads(1)`), whole packs are computed side by side.
+    Then the sums, and so the bits, are the same on any number of cores, and no operation waits
+    for a thread that has lost its core to another program.
+    """
+    if torch.get_num_threads() > 1 or any(hasattr(p, "master") for p in model.parameters()):
+        return [add_gradient(model, pack, config, temperature) for pack in packs]
+    with ThreadPoolExecutor(cores()) as threads:
+        largest_first = [threads.submit(pack_gradient, model, p, config, temperature) for p in reversed(packs)]
+    results = []
+    for future in reversed(largest_first):
+        loss, stats, gradients = future.result()
+        add_to_gradients(model, gradients)
+        results.append((loss, stats))
+    return results
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def add_gradient(model, pack: Pack, config: GRPOConfig, temperature: float = 1.0):
     """Add the gradient of a pack's loss to the model's, and nothing else. Returns (loss, Stats)."""
     head = model.get_output_embeddings().weight
     loss, stats = pack_loss(hidden_states(model, pack), head, pack, config, temperature)
     loss.backward()
     return loss.item(), stats
+
+
+def pack_gradient(model, pack: Pack, config: GRPOConfig, temperature: float):
+    """(loss, Stats, gradients) of a pack: a gradient, or None, for each parameter. Changes nothing, so threads may share a model."""
+    head = model.get_output_embeddings().weight
+    loss, stats = pack_loss(hidden_states(model, pack), head, pack, config, temperature)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return loss.item(), stats, torch.autograd.grad(loss, trained, allow_unused=True)
+
+
+@torch.no_grad()
+def add_to_gradients(model, gradients: Sequence[torch.Tensor | None]) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p, gradient in zip(trained, gradients):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
 
 
 @torch.no_grad()
@@ -412,7 +455,7 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
             pack.ref_logps = pack_logps(reference, pack, temperature)
     for _ in range(config.epochs if rows else 0):
         forget_gradients(model)
-        results = [add_gradient(model, pack, config, temperature) for pack in packs]
+        results = add_gradients(model, packs, config, temperature)
         for pack, (_, stats) in zip(packs, results):
             pack.old_logps = stats.logps if pack.old_logps is None else pack.old_logps
         sum_gradients(model)

@@ -363,6 +363,39 @@ def test_contract_06_the_update_does_not_depend_on_how_it_is_cut(options, monkey
         assert report == pytest.approx(results[0][1], rel=1e-6, abs=1e-9)
 
 
+@pytest.fixture
+def one_thread_each():
+    """What train.py chooses for the small model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_contract_06_packs_side_by_side_give_the_same_bits(one_thread_each, monkeypatch):
+    """On 1, 2 or 5 cores, in whatever order the packs are done; in float32, where any other order of sums would show."""
+    config, weights = GRPOConfig(pack_tokens=40, epochs=3), []
+    rows, _, _ = make_rows(batch(5), config)
+    for count in (1, 2, 5, None):
+        model = tiny(dtype=torch.float32)
+        monkeypatch.setattr(grpo, "cores", lambda count=count: count)
+        if count is None:  # and as a large model is computed, one pack after the other
+            monkeypatch.setattr(grpo.torch, "get_num_threads", lambda: 2)
+        update(model, torch.optim.SGD(model.parameters(), lr=0.3), rows, config)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert len(make_packs(rows, config)) >= 3
+    assert all(torch.equal(w, weights[0]) for w in weights)
+
+
+def test_an_error_in_one_of_several_threads_is_heard(one_thread_each, monkeypatch):
+    """A pack that does not fit the memory ends the update, as it does without threads."""
+    rows, _, _ = make_rows(batch(5), GRPOConfig())
+    monkeypatch.setattr(grpo, "hidden_states", lambda *_: 1 / 0)
+    model = tiny()
+    with pytest.raises(ZeroDivisionError):
+        update(model, torch.optim.SGD(model.parameters(), lr=0.3), rows, GRPOConfig(pack_tokens=40))
+
+
 def test_contract_06_split_segments_give_the_same_gradient():
     """An episode's turns as one segment, or each in a segment of its own: each token is trained once, in the same context."""
     model, config = tiny(), GRPOConfig(normaliser="episode")
