@@ -301,12 +301,17 @@ def play_together(starts: list, at_once: int, size: int = 1, engine: Engine | No
 def share_out(success: dict[str, float], tasks: int) -> list[str]:
     """Which environments the tasks of a step are of: one task each, the others where most attempts still fail.
 
+    None gets more than twice its even share. Where every attempt fails, groups have no spread and teach nothing:
+    without a bound, an environment that is too hard takes most of every step.
+
     >>> share_out({"easy": 1.0, "hard": 0.5, "hopeless": 0.0}, 7)
     ['easy', 'hard', 'hard', 'hopeless', 'hopeless', 'hopeless', 'hopeless']
     """
+    most = math.ceil(2 * tasks / len(success))
     counts = Counter(list(success) if tasks >= len(success) else ())
     while counts.total() < tasks:
-        counts[max(success, key=lambda spec: (1.05 - success[spec]) / (counts[spec] + 1))] += 1
+        open_to_more = [spec for spec in success if counts[spec] < most]
+        counts[max(open_to_more, key=lambda spec: (1.05 - success[spec]) / (counts[spec] + 1))] += 1
     return [spec for spec in success for _ in range(counts[spec])]
 
 
@@ -544,8 +549,8 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
     for spec in sorted({e.env for e in sound}):
         own = [e for e in sound if e.env == spec]
         numbers[f"success/{spec}"] = mean([e.success for e in own])
-        for name in own[0].behaviour:
-            numbers[f"behaviour/{spec}/{name}"] = mean([e.behaviour[name] for e in own])
+        for name in dict.fromkeys(name for e in own for name in e.behaviour):  # once each
+            numbers[f"behaviour/{spec}/{name}"] = mean([e.behaviour[name] for e in own if name in e.behaviour])
     return numbers | {f"finish/{reason}": n / len(episodes) for reason, n in sorted(Counter(e.finish for e in episodes).items())}
 
 

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from agent import Episode
 from rollout import small_model
 from tools import format_call
 
@@ -234,6 +236,23 @@ def test_the_tasks_of_a_step_go_where_attempts_fail():
     assert train.share_out({"a": 1.0, "b": 1.0, "c": 0.0}, 6) == ["a", "b", *"cccc"]
     assert train.share_out({"a": 0.0, "b": 0.0}, 4) == ["a", "a", "b", "b"] and train.share_out({"a": 1.0, "b": 0.2}, 1) == ["b"]
 
+
+def test_an_environment_gets_at_most_twice_its_even_share():
+    """One in which nothing succeeded took 13 of 18 tasks, and taught nothing: its groups had no spread."""
+    counts = Counter(train.share_out({"hopeless": 0.0, **dict.fromkeys("abcde", 0.95)}, 18))
+    assert counts["hopeless"] == 6 and counts.total() == 18 and min(counts.values()) >= 2
+    assert len(train.share_out(dict.fromkeys("abcdef", 0.0), 1)) == 1, "fewer tasks than environments"
+    assert train.share_out({"only": 0.0}, 5) == ["only"] * 5
+
+
+# ---- records ----
+
+
+def test_episodes_that_report_different_things_are_averaged_where_they_do():
+    """An environment that reports its moves only if there were some ended the run with a KeyError, before it was saved."""
+    episodes = [Episode(env="maze", behaviour=b) for b in ({}, {"moves": 2.0}, {"moves": 4.0, "turns back": 1.0})]
+    numbers = train.measure(episodes)
+    assert numbers["behaviour/maze/moves"] == 3 and numbers["behaviour/maze/turns back"] == 1
 
 
 def test_a_run_of_a_minute_learns(tmp_path):
