@@ -595,18 +595,20 @@ def _agrees(model, head) -> bool:
 
 
 def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
-    """A Qwen3 of about a million parameters, random but the same for the same seed. Two layers are the fewest that can copy.
+    """A Qwen3 of 0.7 million parameters, random but the same for the same seed. Two layers are the fewest that can copy.
 
     >>> sum(p.numel() for p in small_model(1024).parameters())
-    738208
+    656128
     """
-    config = Qwen3Config(vocab_size=vocab_size, hidden_size=160, num_hidden_layers=2, num_attention_heads=8,
-                         num_key_value_heads=8, head_dim=32, intermediate_size=256, tie_word_embeddings=True,
-                         max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    config = Qwen3Config(
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=32, intermediate_size=512, tie_word_embeddings=True, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0})  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-        for layer in model.model.layers:  # heads begin by copying what they look at: where to look is all that is left to learn
+        # Heads begin by copying what they look at: where to look is all that is left to learn.
+        for layer in model.model.layers:
             values, out = layer.self_attn.v_proj.weight.data, layer.self_attn.o_proj.weight.data
             out.copy_(0.2 * torch.nn.init.orthogonal_(values).T)
     return model

@@ -66,11 +66,14 @@ from rollout import Engine, play, small_model
 from tools import schema, tools_of
 
 RUNS = Path("runs")
-WARM_BATCH = 32  # demonstrations per update of the warm start
+WARM_BATCH = 40  # demonstrations per update of the warm start
+TIMED_UPDATES = 10  # after which the run says how long it will take
+UPDATES_PER_STEP, UPDATES_PER_EPISODE = 9, 0.05  # seconds of an RL step, of an episode of evaluation: in updates of the warm start
 REJOIN_WINDOW = 0.25  # seconds in which quick tools rejoin at the same decoding step: so a run repeats bit by bit
 KEEP = 3  # newest checkpoints that stay, beside the first
-MOST_DEMONSTRATIONS = 15000  # distinct ones; beyond that they are shown again
-EXTRA = {"maze": 2.5}  # environments shown more often than their messages are long: reading a map is learned late
+MOST_DEMONSTRATIONS = 16000  # distinct ones; beyond that they are shown again
+# Environments shown more often than the length of their messages asks for: what is learned late.
+EXTRA = {"maze": 3.5, "chain": 2.5}
 
 
 def option(default, text):
@@ -90,7 +93,7 @@ class Config(GRPOConfig):
     group_size: int = option(8, "attempts at each task")
     lr: float = option(2.5e-4, "learning rate of these updates; it falls to 0")
     negative_weight: float = option(0.1, "factor of advantages below 0 (GRPO: 1)")
-    warmup_steps: int = option(120, "updates by imitation before that, times the number of environments")
+    warmup_steps: int = option(80, "updates by imitation before that, times the number of environments")
     warmup_lr: float = option(6e-3, "learning rate at the peak of those; it falls to a tenth")
     max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
@@ -391,10 +394,24 @@ def imitate(model, chat: Chat, factories: dict, config: Config, keep=lambda epis
         rows = [row for i, e in enumerate(batch) for row in episode_rows(e, i, [1.0] * e.turns)]
         optimizer.set_lr(step)
         report = update(model, optimizer, rows, options)
+        if step == TIMED_UPDATES:
+            tqdm.write(estimate((time.perf_counter() - began) / step, config))
         if step % 100 == 0:
             tqdm.write(f"warm start {step}: {report['loss']:.3f} nats per token, entropy {report['entropy']:.3f}")
         if time.perf_counter() - began > seconds:
             return
+
+
+def estimate(update_seconds: float, config: Config) -> str:
+    """How long a run will take, from the seconds of its first updates. What the rest costs in updates was measured once.
+
+    >>> estimate(0.25, Config())
+    'on this machine the warm start takes about 2 minutes, the whole run about 6'
+    """
+    evaluations = 4 * config.eval_tasks * len(config.env)  # before and after, sampled and greedy
+    updates = config.warmup_updates + UPDATES_PER_STEP * config.updates + UPDATES_PER_EPISODE * evaluations
+    minutes = [max(1, round(n * update_seconds / 60)) for n in (config.warmup_updates, updates)]
+    return f"on this machine the warm start takes about {minutes[0]} minutes, the whole run about {minutes[1]}"
 
 
 class Imitator:
@@ -484,6 +501,8 @@ def load_model(config: Config, factories: dict, checkpoint: Path | None):
         tokenizer = gather(learn_tokenizer(factories, config))[0]
         model = small_model(len(tokenizer), config.seed).to(wide)
     model.to(config.device)
+    if not config.model and config.device == "cpu":
+        torch.set_num_threads(1)  # its operations are too short to be shared; grpo.py computes packs side by side
     compute_in(model, dtype)
     try:
         config.recompute and recompute_layers(model)

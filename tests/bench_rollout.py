@@ -2,7 +2,7 @@
 
     python tests/bench_rollout.py                     # the default model
     python tests/bench_rollout.py --model MODEL       # a folder with a causal language model, in float32 (--dtype bfloat16)
-    python tests/bench_rollout.py --part growth       # one of: peers, reuse, growth, hanging
+    python tests/bench_rollout.py --part growth       # one of: slow, peers, reuse, growth, hanging
 
 64 episodes of 4 turns, 50 sampled tokens a turn, each answered by 20 tokens of a world, behind a prompt of 200 tokens that groups
 of 8 have in common; then the same with a prompt of its own for each. No stop tokens: everybody samples as much. All contexts have
@@ -11,6 +11,7 @@ the same length, so that no peer has to pad. The peers are called turn by turn, 
 """
 
 import argparse
+import asyncio
 import statistics
 import sys
 import time
@@ -41,7 +42,7 @@ def prompts(vocab: int, group: int) -> list[list[int]]:
 
 
 def make_engine(model, count: int, turns=TURNS, kind=Engine) -> Engine:
-    return kind(model, set(), slots=count, context=PROMPT + turns * (SAMPLED + WORLD))
+    return kind(model, set(), slots=count, context=PROMPT + turns * (2 * SAMPLED + WORLD))
 
 
 def here(engine: Engine, contexts, turns=TURNS):
@@ -180,7 +181,32 @@ def hanging(model, rounds: int, limit: float = 1.0, share: float = 0.1) -> None:
     print(f"    the batch ends {late:.2f} s later", flush=True)
 
 
-PARTS = {"peers": peers, "reuse": reuse, "growth": growth, "hanging": hanging}
+def slow(model, rounds: int, agents: int = 32) -> None:
+    """Agents whose tools take a while, out of step with one another: what a rejoin window costs."""
+    vocab, contexts = model.config.vocab_size, prompts(model.config.vocab_size, GROUP)[:agents]
+
+    async def episode(engine: Engine, n: int, seconds: float) -> None:
+        rng, ids = Random(n), list(contexts[n])
+        for turn in range(TURNS):
+            sampled = SAMPLED // 2 + n % SAMPLED  # so that agents finish at different steps
+            ids += (await engine.generate(ids, sampled, rng=rng)).ids
+            await asyncio.sleep(seconds)
+            ids += world(vocab, f"{n} {turn}", WORLD)
+
+    def batch(engine: Engine, seconds: float) -> None:
+        engine.forget()
+        play([lambda n=n: episode(engine, n, seconds) for n in range(agents)], agents)
+
+    engines = {f"window {window} s": make_engine(model, agents) for window in (0.0, 0.25)}
+    for name, engine in engines.items():
+        engine.rejoin_window = float(name.split()[1])
+    for seconds in (0.5, 0.1):
+        print(f"  {agents} agents, tools of {seconds} s")
+        steps = {name: lambda engine=engine: batch(engine, seconds) for name, engine in engines.items()}
+        against(race(steps, rounds), "window 0.0 s", sum(TURNS * (SAMPLED // 2 + n % SAMPLED) for n in range(agents)))
+
+
+PARTS = {"slow": slow, "peers": peers, "reuse": reuse, "growth": growth, "hanging": hanging}
 
 
 def main() -> None:

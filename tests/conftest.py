@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections import Counter
 
 import pytest
 
@@ -23,3 +24,11 @@ def here(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     yield run
     signal.signal(signal.SIGINT, before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for each reason to skip, with how to run what was skipped."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")

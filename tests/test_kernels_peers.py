@@ -59,7 +59,7 @@ def ours(gspo=False, **options):
 
 def trls(tis=None, entropy_coef=0.0, **options):
     """GRPOTrainer._compute_loss itself, on a trainer that is nothing but its options."""
-    trainer_class = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is not installed").GRPOTrainer
+    trainer_class = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is not installed: pip install -r tests/requirements-peers.txt").GRPOTrainer
     o = DEFAULTS | options
     hidden, weight, targets, advantages, mask, old, ref, behavior = batch()
 
@@ -87,7 +87,7 @@ def trls(tis=None, entropy_coef=0.0, **options):
 
 
 def ligers(tis=None, **options):
-    ops = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed")
+    ops = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed: pip install -r tests/requirements-peers.txt")
     o = DEFAULTS | options
     hidden, weight, targets, advantages, mask, old, ref, behavior = batch()
     loss_function = ops.LigerFusedLinearGRPOLoss(compiled=False, use_ref_model=bool(o["beta"]), chunk_size=1, **o)

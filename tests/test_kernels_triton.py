@@ -13,8 +13,8 @@ from triton_interpreted import OPTIONS, batch, results, widen
 import kernels
 from kernels import linear_policy_loss
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: there is no such kernel here")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: run the suite on a machine with one")
 
 
 def test_contract_12_in_the_interpreter():

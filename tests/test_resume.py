@@ -342,7 +342,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_costs_no_checkpoint(start, w
         content = shutil.copytree(disk, folder / "content")
         if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", disk], capture_output=True).returncode:
             shutil.rmtree(content)
-            pytest.skip("needs the right to mount a file system")
+            pytest.skip("no right to mount a file system: run the suite as root")
         shutil.copytree(content, disk, dirs_exist_ok=True)
         shutil.rmtree(content)
     try:
