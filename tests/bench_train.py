@@ -3,9 +3,9 @@
     python tests/bench_train.py --seed 1                       # takes the options of train.py, makes the same run
     python tests/bench_train.py --env calculator               # a minute
 
-Clocks stand around six functions: the layers and the head in rollout.py, the hidden states and the loss (head included) in grpo.py,
-and autograd's backward. All else is the rest, by phase: tokens sampled and agents run in "rollouts" and "evaluation", packs and the
-optimizer in "update", demonstrations in "warm start". On a CPU only: a GPU's work is not done when a call returns.
+Clocks stand around three functions: the layers and the head in rollout.py, and add_gradients (forward, loss and backward) in grpo.py.
+All else is the rest, by phase: tokens sampled and agents run in "rollouts" and "evaluation", packs and the optimizer in "update",
+demonstrations in "warm start". On a CPU only: a GPU's work is not done when a call returns.
 """
 
 import sys
@@ -14,8 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import torch  # noqa: E402
 
 import grpo  # noqa: E402
 import rollout  # noqa: E402
@@ -52,9 +50,7 @@ def make_engine(*args):
 def main() -> None:
     train.make_engine = make_engine
     rollout._forward = timed("forward, sampling", rollout._forward)
-    grpo.hidden_states = timed("forward, training", grpo.hidden_states)
-    grpo.linear_policy_loss = timed("head and loss", grpo.linear_policy_loss)
-    torch.Tensor.backward = timed("backward", torch.Tensor.backward)
+    grpo.add_gradients = timed("forward, loss, backward", grpo.add_gradients)
     train.Clock = Clock
     train.command_line()
     if not clocks or not clocks[0].seconds:
