@@ -144,8 +144,10 @@ def make_rows(episodes: Sequence[Episode], config: GRPOConfig) -> tuple[list[Row
     """Rows of the episodes that carry signal, the advantage of every episode, and the share of groups without any.
 
     Statistics are over episodes, never over segments. An episode whose environment failed, or could not say how good it was,
-    leaves its group.
+    leaves its group. KL and entropy are signal for every sampled token, whatever its advantage:
+    otherwise they would fade as the policy gets better and ever more groups have equal rewards.
     """
+    silent_too = bool(config.kl_coef or config.entropy_coef)
     sound = [e for e in episodes if e.finish != "error" and math.isfinite(e.reward)]
     options = config.divide_by_std, config.leave_one_out
     values = advantages([e.reward for e in sound], [e.group for e in sound], *options)
@@ -154,18 +156,22 @@ def make_rows(episodes: Sequence[Episode], config: GRPOConfig) -> tuple[list[Row
     for i, e in enumerate(sound):
         of_turn = [values[i] + config.turn_credit * t for t in turns[i]] if turns else [values[i]] * e.turns
         of_turn = [a if a > 0 else config.negative_weight * a for a in of_turn]
-        rows += episode_rows(e, i, of_turn)
+        rows += episode_rows(e, i, of_turn, silent_too)
     by_id = {id(e): a for e, a in zip(sound, values)}
     groups = {e.group for e in episodes}
     signal = {e.group for e, a in zip(sound, values) if a}
     return rows, [by_id.get(id(e), 0.0) for e in episodes], {"no_signal": 1 - len(signal) / len(groups) if groups else 1.0}
 
 
-def episode_rows(episode: Episode, number: int, of_turn: Sequence[float]) -> list[Row]:
-    """One row for each segment of which some token has an advantage other than 0; `of_turn`: advantage of each turn."""
+def episode_rows(episode: Episode, number: int, of_turn: Sequence[float], silent_too: bool = False) -> list[Row]:
+    """One row for each segment of which some token has an advantage other than 0; `of_turn`: advantage of each turn.
+
+    `silent_too`: sampled tokens whose advantage is 0 are trained as well.
+    """
     rows = []
     for s in episode.segments:
-        trained = [p for p, sampled in enumerate(s.sampled) if sampled and of_turn[s.turn[p]]]
+        sampled = [p for p, chosen in enumerate(s.sampled) if chosen]
+        trained = [p for p in sampled if silent_too or of_turn[s.turn[p]]]
         if trained:
             rows.append(Row(s.ids, trained, [of_turn[s.turn[p]] for p in trained], [s.logps[p] for p in trained], number))
     return rows
@@ -174,7 +180,8 @@ def episode_rows(episode: Episode, number: int, of_turn: Sequence[float]) -> lis
 def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[list[float]]:
     """The factor of each trained token in the loss. Fixed here for the whole batch, before it is cut into packs.
 
-    What carries no signal is not counted: a group of equal rewards must not dilute the others.
+    What is not trained is not counted: a group of equal rewards must not dilute the others, unless
+    KL or entropy train its tokens, too.
 
     >>> rows = [Row([1, 2, 3], [1, 2], [1.0, 1.0], [0.0, 0.0], 0), Row([1, 2], [1], [-1.0], [0.0], 1)]
     >>> token_weights(rows, GRPOConfig(normaliser="episode"))

@@ -302,6 +302,38 @@ def test_contract_03_the_gradient_reaches_a_logit_iff_its_token_was_sampled():
     assert not any(r.ids == [1, 2, 3] for r in rows)
 
 
+@pytest.mark.parametrize("options", [{"kl_coef": 0.5}, {"entropy_coef": 0.5}], ids=str)
+def test_contract_03_kl_and_entropy_reach_every_sampled_token(options):
+    """They skipped groups of equal rewards, so regularisation faded as the policy got better: 2 of 20 episodes were in the loss.
+
+    Oracle: all tokens by hand, the normaliser counts them all. An episode that failed stays out even so.
+    """
+    model, reference, config = tiny(), tiny(1), GRPOConfig(max_grad_norm=1e9, epochs=1, **options)
+    episodes = batch(3, groups=5)
+    for e in episodes:
+        e.reward = 1.0 if e.group else e.reward  # one group of five has signal
+    episodes[-1].finish = "error"
+    rows, values, groups = make_rows(episodes, config)
+    sampled = [sum(map(sum, (s.sampled for s in e.segments))) for e in episodes[:-1]]
+    assert sum(len(r.trained) for r in rows) == sum(sampled) and groups == {"no_signal": pytest.approx(0.8)}
+    assert values[4:] == [0.0] * 16 and {r.episode for r in rows} == set(range(19))
+
+    expected = 0.0
+    for e, a in zip(episodes[:-1], values):
+        for s in e.segments:
+            log_p = model(input_ids=torch.tensor([s.ids])).logits[0].log_softmax(-1)  # [T, V]
+            other = reference(input_ids=torch.tensor([s.ids])).logits[0].log_softmax(-1)
+            for p in (p for p, chosen in enumerate(s.sampled) if chosen):
+                now, gap = log_p[p - 1], (other - log_p)[p - 1, s.ids[p]]
+                kl, entropy = gap.exp() - gap - 1, -(now.exp() * now).sum()
+                policy = a * (now[s.ids[p]] - now[s.ids[p]].detach()).exp()
+                expected = expected - (policy - config.kl_coef * kl + config.entropy_coef * entropy) / sum(sampled)
+    watch = Watch(model)
+    report = update(model, watch, rows, config, reference=reference)
+    assert report["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert close(watch.seen[0], gradient(expected, model))
+
+
 def test_contract_03_observations_change_neither_loss_nor_gradient_nor_metrics():
     """Any log-prob may stand at a token the policy did not sample, with KL, entropy and the correction for the engine on."""
     config = GRPOConfig(kl_coef=0.1, entropy_coef=0.01, tis_cap=2.0, epochs=2)
