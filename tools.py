@@ -12,6 +12,11 @@ environments share stand at the end: `calculator`, `Search` and `python`.
 Left out: killing. A time limit here abandons a thread, it cannot kill one: it may still change what it holds. A tool that may hang
 for ever or crash the interpreter belongs in a child process, as `python` shows. And an `async def` tool must await, not block.
 
+Threads share one interpreter, and only one of them runs Python at a time (the GIL). Most code lets the others have a turn; a single
+call into C may not. `re.search("(a+)+$", "a" * 40 + "b")` holds the interpreter for hours: nothing else runs, so no time limit is
+noticed. A tool that matches a pattern the policy wrote therefore belongs in a process of its own. `python` shows how: a thread waits
+for the process (`_run_program`), a time limit inside ends it (`_supervise`), and cancelling the call ends it too.
+
 Run it alone: `python tools.py`. Copy it alone: it needs the standard library (SQLite with FTS5) and one helper of transformers.
 """
 
@@ -20,6 +25,7 @@ import ast
 import asyncio
 import collections
 import contextlib
+import contextvars
 import copy
 import functools
 import inspect
@@ -28,15 +34,18 @@ import math
 import operator
 import os
 import platform
+import queue
 import re
 import select
 import shutil
+import signal
 import sqlite3
 import struct
 import subprocess
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -292,7 +301,8 @@ async def run_calls(
     Whatever a tool does, its call alone sees it: an exception (SystemExit too) or a result without text is an error observation,
     a call longer than `timeout` seconds is abandoned, a text over `max_chars` loses its middle, calls after the first
     `max_calls` do not run. Plain methods of one object take turns in call order: two moves in a maze must not race.
-    Raises only when it is cancelled itself, or at Ctrl-C.
+    Raises only when it is cancelled itself, or at Ctrl-C. One thing it cannot keep from the others: a plain tool that holds the
+    interpreter (see the top of this file).
 
     >>> calls = [Call("calculator", {"expression": "6*7"}), CallError("not JSON"), Call("calculator", {"expression": "1/0"})]
     >>> [observation.text for observation in asyncio.run(run_calls(calls, {"calculator": calculator}))]
@@ -305,9 +315,9 @@ async def run_calls(
             return _failed(getattr(call, "message", "there is no such tool"))
         function = tools[call.name]
         if inspect.iscoroutinefunction(function):
-            return await _limit(call.name, timeout, asyncio.ensure_future(_await(function, call.arguments)))
+            return await _limit(call.name, timeout, lambda: asyncio.ensure_future(_await(function, call.arguments)))
         async with turns[id(getattr(function, "__self__", call))]:
-            return await _limit(call.name, timeout, _start_thread(lambda: _as_text(function(**call.arguments))))
+            return await _limit(call.name, timeout, lambda: in_thread(lambda: _observe(lambda: function(**call.arguments))))
 
     too_many = CallError(f"only the first {max_calls} calls of a message are run")
     calls = [*calls[:max_calls], *[too_many] * len(calls[max_calls:])]
@@ -315,15 +325,38 @@ async def run_calls(
     return [Observation(clip(observation.text, max_chars), observation.error) for observation in observations]
 
 
-async def _limit(name: str, timeout: float, future: asyncio.Future) -> Observation:
+_clock: contextvars.ContextVar[asyncio.Timeout] = contextvars.ContextVar("clock")  # the time limit of the call that runs here
+
+
+async def _limit(name: str, timeout: float, start: Callable[[], asyncio.Future]) -> Observation:
+    future = None
     try:
-        # Not wait_for: it waits for a task that swallows its cancellation, for ever.
-        done, _ = await asyncio.wait({future}, timeout=timeout)
-    finally:
-        future.cancel()  # does nothing to one that is done
-    if not done:
+        async with asyncio.timeout(timeout) as clock:
+            _clock.set(clock)  # before the start: a task takes over the variables of this moment
+            future = start()
+            # Not `await future`: cancelled, that waits for a task that swallows its cancellation, for ever.
+            await asyncio.wait({future})
+    except TimeoutError:
         return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
-    return _failed(f"{name} was cancelled") if future.cancelled() else future.result()
+    finally:
+        if future:
+            future.cancel()  # does nothing to one that is done
+    if future.cancelled():
+        return _failed(f"{name} was cancelled")
+    return _failed(future.exception()) if future.exception() else future.result()
+
+
+@contextlib.contextmanager
+def untimed() -> Iterator[None]:
+    """For an `async def` tool that must wait for its turn: while it waits in here, the time limit of its call stands still."""
+    clock = _clock.get(None)
+    if clock is None or clock.when() is None:  # nobody limits this call, or it waits in another place too
+        yield
+        return
+    left = clock.when() - asyncio.get_running_loop().time()
+    clock.reschedule(None)
+    yield
+    clock.reschedule(asyncio.get_running_loop().time() + left)
 
 
 async def _await(function: Callable, arguments: dict) -> Observation:
@@ -333,31 +366,70 @@ async def _await(function: Callable, arguments: dict) -> Observation:
         raise  # meant for the event loop, in whose thread this is
     except BaseException as error:  # a SystemExit would end the loop, and every other episode with it
         return _failed(error)
-    return await _start_thread(lambda: _as_text(result))  # a __str__ that hangs would stop the loop
+    return await in_thread(lambda: _observe(lambda: result))  # a __str__ that hangs would stop the loop
 
 
-def _start_thread(produce: Callable[[], str]) -> asyncio.Future:
-    """A daemon thread for each call: hung ones would fill a pool, and at exit Python waits for pools and for other threads."""
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
-
-    def deliver(observation: Observation) -> None:
-        if not future.done():  # it is, when the call was abandoned
-            future.set_result(observation)
-
-    def work() -> None:
-        try:
-            observation = Observation(produce(), error=False)
-        except BaseException as error:  # sys.exit() too: this thread is the tool's
-            observation = _failed(error)
-        with contextlib.suppress(RuntimeError):  # the loop may be closed by now: nobody waits for this one
-            loop.call_soon_threadsafe(deliver, observation)
-
+def _observe(produce: Callable[[], Any]) -> Observation:
+    """To be run in a thread of its own: what `produce` returns, or raises."""
     try:
-        _thread.start_new_thread(work, ())  # not threading.Thread: its start waits until the thread runs, and the loop with it
-    except RuntimeError as error:  # the system gives no more threads, such as when abandoned ones hold them all
-        deliver(_failed(error))
+        return Observation(_as_text(produce()), error=False)
+    except BaseException as error:  # sys.exit() too: this thread is the tool's
+        return _failed(error)
+
+
+_idle: list[queue.SimpleQueue] = []  # where threads that have nothing to do wait for their next job
+os.register_at_fork(after_in_child=_idle.clear)  # a fork has none of these threads
+
+
+def in_thread(function: Callable[[], Any]) -> asyncio.Future:
+    """Run `function` in a thread. The future gets what it returns or raises (an Exception, but no StopIteration).
+
+    Threads are used again: that is four times as quick as starting one. Their number has no limit, so a thread that hangs for
+    ever is not missed, as it would be in a pool. And at exit Python waits for pools and for other threads, but not for these.
+    """
+    future = asyncio.get_running_loop().create_future()
+    try:
+        jobs = _idle.pop()
+    except IndexError:
+        jobs = queue.SimpleQueue()
+        try:
+            _thread.start_new_thread(_work, (jobs,))  # not threading.Thread: its start waits until the thread runs
+        except RuntimeError as error:  # the system gives no more threads, such as when abandoned ones hold them all
+            future.set_exception(error)
+            return future
+    jobs.put((function, future))
     return future
+
+
+def _work(jobs: queue.SimpleQueue) -> None:
+    while _work_once(jobs, *jobs.get()):  # a function of its own, so that an idle thread keeps no environment alive
+        pass
+
+
+def _work_once(jobs: queue.SimpleQueue, function: Callable[[], Any], future: asyncio.Future) -> bool:
+    """Run one job and deliver its result. False if nobody waits for it any more."""
+    process, result, error = os.getpid(), None, None
+    try:
+        result = function()
+    except Exception as e:
+        error = e
+    if os.getpid() != process:  # the function has forked us: the copy ends here
+        os._exit(0)
+    if future.get_loop().is_closed():
+        return False
+    _idle.append(jobs)  # before it is delivered: whoever gets the result may have the next job at once
+    with contextlib.suppress(RuntimeError):  # the loop was closed just now
+        future.get_loop().call_soon_threadsafe(_deliver, future, result, error)
+    return True
+
+
+def _deliver(future: asyncio.Future, result: Any, error: Exception | None) -> None:
+    if future.done():  # the call was abandoned
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def _as_text(result: Any) -> str:
@@ -378,12 +450,21 @@ def _as_text(result: Any) -> str:
 
 def _failed(reason: BaseException | str) -> Observation:
     """An error observation of one line, whatever the exception has to say."""
-    if isinstance(reason, BaseException):
-        try:
-            reason = f"{type(reason).__name__}: {reason}"
-        except BaseException:  # its __str__ is the tool's code too
-            reason = type(reason).__name__
+    reason = describe(reason) if isinstance(reason, BaseException) else reason
     return Observation(" ".join(f"error: {reason}".split()), error=True)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line.
+
+    >>> describe(KeyError("x"))
+    "KeyError: 'x'"
+    """
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:  # its __str__ may be a tool's code, too
+        text = type(error).__name__
+    return " ".join(text.split())
 
 
 def clip(text: str, max_chars: int) -> str:
@@ -513,11 +594,14 @@ class Search:
 
 # ---- tool: python ----------------------------------------------------------------------------------------
 
-_SECONDS = 5  # for a whole call; run_calls may end it earlier
+_SECONDS = 5  # of processor time, for each process of a program
+_WALL_SECONDS = 8  # for a whole program, from its start: more than 5, for it shares the processor. run_calls may end it earlier
 _OUTPUT = 100_000  # bytes
 _SCRATCH = 64 * 2**20  # bytes, held in memory
 # Of each process, but for NPROC: that counts the processes and threads of a whole call, two of which are not the program's children.
 _LIMITS = {"CPU": _SECONDS, "AS": 512 * 2**20, "FSIZE": 16 * 2**20, "NOFILE": 64, "NPROC": 8, "CORE": 0, "MSGQUEUE": 0}
+# How many programs run at once, whatever event loops they are called from. With more, all of them would be late.
+_SANDBOXES = ThreadPoolExecutor(os.cpu_count() or 1, "sandbox")
 
 
 async def python(code: str) -> str:
@@ -536,25 +620,66 @@ async def python(code: str) -> str:
     The program is a process of its own, in a sandbox that bubblewrap builds anew for each call, also when we are root. It cannot
     read or write files other than those of the system's Python (read only) and a scratch folder, see or signal other processes,
     reach a network or a socket, read our environment, gain rights, take more time, memory, processes or disk than the limits
-    above, or outlive the call, however that ends.
+    above, or outlive the call, however that ends. As many run at once as there are processors, and the others wait for their turn.
+    The time limits begin when a program starts.
 
     Not kept from it: bugs of the kernel or of bubblewrap, and what processor caches give away; 8 processes that each take their
     share of time and memory (4 GB in all) and, for a moment, more inside the kernel, for many small files say (only a cgroup
     would bound that); reading what lies under /usr/lib. And what it prints is untrusted, like all text of the world.
     """
+    loop, turn, stop = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def run() -> tuple[bytes, int]:
+        loop.call_soon_threadsafe(turn.set)  # raises if the loop is closed: then nobody wants the program to be run
+        return _run_program(code, stop)
+
+    job = _SANDBOXES.submit(run)
+    ended = asyncio.wrap_future(job)
+    try:
+        with untimed():
+            await turn.wait()
+        await asyncio.wait({ended})
+    except asyncio.CancelledError:
+        stop.set()
+        while not job.cancel() and not ended.done():  # it has begun: until nothing is left of it, even if cancelled once more
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({ended})
+        raise
+    return _report(*ended.result())
+
+
+def _run_program(code: str, stop: threading.Event) -> tuple[bytes, int]:
+    """Run a program until it ends or `stop` is set: what it wrote, and its exit code. Nothing is left of it then."""
     process, printed = _start_sandbox(code), bytearray()
     try:
-        while len(printed) <= _OUTPUT and (block := await _read(process.stdout)):
-            printed += block
-    finally:  # also when run_calls cancels us
+        while len(printed) <= _OUTPUT and not stop.is_set():
+            if _readable(process.stdout, seconds=0.05):
+                block = os.read(process.stdout.fileno(), 2**16)
+                if not block:
+                    break
+                printed += block
+    finally:
         with contextlib.suppress(BrokenPipeError):  # it has ended
             process.stdin.write(b"end")
-        # Until nobody holds the other end: then all that was inside is gone. Milliseconds, and an `await` could be cancelled, too.
-        while select.select([process.stdout], [], [], 10)[0] and os.read(process.stdout.fileno(), 2**16):
+        # Until nobody holds the other end: then all that was inside is gone.
+        while _readable(process.stdout, seconds=10) and os.read(process.stdout.fileno(), 2**16):
             pass
         process.kill()  # nobody, unless bubblewrap itself hangs
         status = process.wait()
-        process.stdin.close(), process.stdout.close()
+        process.stdin.close()
+        process.stdout.close()
+    return bytes(printed), status
+
+
+def _readable(pipe: BinaryIO, seconds: float) -> bool:
+    """Wait until there is something to read, or nobody holds the other end."""
+    poll = select.poll()  # not select.select, which refuses descriptors above 1023
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
+
+
+def _report(printed: bytes, status: int) -> str:
+    """What a program printed. Raises if it failed."""
     text = printed[:_OUTPUT].decode("utf-8", "replace")
     if len(printed) > _OUTPUT:
         why = f"stopped, for it wrote more than {_OUTPUT:,} bytes"
@@ -562,21 +687,13 @@ async def python(code: str) -> str:
         return text or "(nothing was printed)"
     elif text.startswith(("bwrap: ", "setpriv: ")):
         raise RuntimeError(f"no sandbox can be built here (bubblewrap needs user namespaces), so the program was not run: {text}")
+    elif status == 124:
+        why = f"stopped after {_WALL_SECONDS} s"
+    elif status == 128 + signal.SIGKILL:
+        why = f"killed, as a program is after {_SECONDS} s of processor time"
     else:
-        why = f"stopped after {_SECONDS} s" if status == 124 else f"exit code {status}"
+        why = f"exit code {status}"
     raise ChildProcessError(f"{why}. It wrote: " + ("\n".join(text.splitlines()[-10:]) or "nothing"))
-
-
-async def _read(pipe: BinaryIO) -> bytes:
-    """What is in a pipe as soon as there is something; nothing once nobody holds its other end."""
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(pipe, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_reader(pipe)
-    return os.read(pipe.fileno(), 2**16)
 
 
 def _start_sandbox(code: str) -> subprocess.Popen:
@@ -643,7 +760,7 @@ def _sandboxed(bwrap: str, setpriv: str, python: str, program: int, rules: int) 
         "--ro-bind", python, python, "--dev-bind", "/dev/null", "/dev/null",
         "--perms", "0444", "--ro-bind-data", str(program), "/code.py",
         "--remount-ro", "/",  # it is a file system in memory as well, without a size
-        python, "-I", "-S", "-B", "-c", inspect.getsource(_supervise) + f"_supervise({_LIMITS}, {_SECONDS})",
+        python, "-I", "-S", "-B", "-c", inspect.getsource(_supervise) + f"_supervise({_LIMITS}, {_WALL_SECONDS})",
     ]  # fmt: skip
 
 

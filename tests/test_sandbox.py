@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import code_env
@@ -382,7 +383,7 @@ def contained():
 @pytest.mark.parametrize("case", here(BOMBS))
 def test_nothing_goes_off(case, contained, world, monkeypatch):
     """As above, for what would harm the machine of whoever runs the tests if it were tried outside the sandbox."""
-    monkeypatch.setattr(tools, "_SECONDS", 1 if "stopped after 1 s" in BOMBS[case][1] else 5)
+    monkeypatch.setattr(tools, "_WALL_SECONDS", 1 if "stopped after 1 s" in BOMBS[case][1] else 8)
     program, answer = BOMBS[case]
     (observation,) = observe(world.fill(program))
     assert world.harm() == []
@@ -395,6 +396,94 @@ def test_forbidden_system_calls_are_refused_one_by_one():
     numbers = [numbers[os.uname().machine == "aarch64"] for numbers in tools._FORBIDDEN.values()]
     (observation,) = observe(CTYPES + f"for number in {numbers}: call(number, -1, -1, -1, -1, -1, -1)\nprint(libc.getpid())")
     assert observation.text.split("\n") == ["-1 1"] * len(numbers) + ["2", ""]
+
+
+# ---- many at once ----
+
+
+@pytest.fixture
+def two_at_once(monkeypatch):
+    """A bound of two, whatever the machine; gives the numbers of programs that ran beside each program."""
+    beside, running, run_program = [], [], tools._run_program
+
+    def run(code, stop):
+        running.append(code)
+        beside.append(len(running))
+        try:
+            return run_program(code, stop)
+        finally:
+            running.remove(code)
+
+    monkeypatch.setattr(tools, "_run_program", run)
+    monkeypatch.setattr(tools, "_SANDBOXES", ThreadPoolExecutor(2))
+    return beside
+
+
+@needs_bubblewrap
+def test_programs_wait_for_their_turn_and_the_wait_does_not_count(two_at_once):
+    """All of 128 at once took longer than 10 s, for they were in each other's way. Here: two event loops, one bound for both,
+    and a tool that hands on to `python`, as an environment's does.
+    """
+
+    async def hands_on(code):
+        return await tools.python(code)
+
+    def six(tool):
+        calls = [Call("python", {"code": "import time; time.sleep(0.6); print('ok')"})] * 6
+        return asyncio.run(run_calls(calls, {"python": tool}, timeout=3))
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as loops:
+        observations = [o for six_of_them in loops.map(six, [tools.python, hands_on]) for o in six_of_them]
+    assert [o.text for o in observations] == ["ok\n"] * 12
+    assert time.perf_counter() - start > 3, "else nobody has waited for longer than the limit"
+    assert max(two_at_once) == 2 and len(two_at_once) == 12
+
+
+@needs_bubblewrap
+def test_a_call_that_is_cancelled_while_it_waits_never_runs(two_at_once):
+    async def scenario():
+        running = [asyncio.ensure_future(tools.python("import time; time.sleep(60)")) for _ in range(2)]
+        while len(two_at_once) < 2:
+            await asyncio.sleep(0.02)
+        waiting = asyncio.ensure_future(run_calls([Call("python", {"code": "1"})], {"python": tools.python}, timeout=0.1))
+        await asyncio.sleep(0.5)
+        assert not waiting.done(), "its limit has not begun"
+        for task in (waiting, *running):
+            task.cancel()
+        return await asyncio.gather(waiting, *running, return_exceptions=True)
+
+    assert [type(outcome) for outcome in asyncio.run(scenario())] == [asyncio.CancelledError] * 3
+    assert len(two_at_once) == 2
+
+
+@needs_bubblewrap
+def test_sandboxes_are_built_and_torn_down_beside_the_event_loop(monkeypatch):
+    """Each took 60 ms of the loop's own thread: with 128 of them nothing else happened for 11 s."""
+    threads = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            threads.append(threading.get_ident())
+            super().__init__(*args, **options)
+
+        def wait(self, timeout=None):
+            threads.append(threading.get_ident())
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    assert observe("print(1)", "import time; time.sleep(60)", timeout=3)[0].text == "1\n"
+    assert len(threads) == 4 and threading.get_ident() not in threads
+
+
+@needs_bubblewrap
+def test_the_limit_is_on_processor_time_and_a_wider_one_on_the_clock(monkeypatch):
+    """On a busy machine a program gets half a processor: by the clock it was late, by its work it was not."""
+    monkeypatch.setattr(tools, "_SECONDS", 1)
+    monkeypatch.setitem(tools._LIMITS, "CPU", 1)
+    waits, works = observe("import time; time.sleep(1.5); print('ok')", "print('a', flush=True)\nwhile True: pass")
+    assert waits.text == "ok\n"
+    assert works.error and "killed, as a program is after 1 s of processor time. It wrote: a" in works.text
 
 
 # ---- the end of a call ----

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import pytest
 
 import tools
-from tools import Call, CallError, Message, Observation, Search, calculator, clip, format_call, parse, run_calls, schema, tools_of
+from tools import (Call, CallError, Message, Observation, Search, calculator, clip, format_call, parse, run_calls, schema,
+                   tools_of, untimed)
 
 
 def add(a: int, b: float, note: str | None = None, mode: Literal["fast", "best"] = "fast", numbers: list[int] | None = None):
@@ -633,6 +634,73 @@ def test_the_loop_goes_on_while_a_plain_tool_blocks():
         return ticks
 
     assert asyncio.run(scenario()) > 5
+
+
+def test_a_tool_that_waits_for_its_turn_is_not_charged_for_it():
+    """Its time limit stands still, and goes on when its turn has come. A cancelled call does not wait for its turn."""
+
+    async def scenario():
+        turn = asyncio.Event()
+
+        async def works():
+            with untimed():
+                await turn.wait()
+            return "worked"
+
+        async def hangs():
+            with untimed():
+                await turn.wait()
+            await asyncio.sleep(60)
+
+        async def waits_twice():
+            with untimed():
+                await asyncio.gather(works(), works())
+            return "worked twice"
+
+        tasks = [asyncio.ensure_future(run_calls([Call("tool", {})], {"tool": tool}, timeout=0.3))
+                 for tool in (works, hangs, waits_twice, works)]
+        await asyncio.sleep(1)
+        assert not any(task.done() for task in tasks)
+        tasks[-1].cancel()
+        turn.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    (worked,), (hung,), (twice,), cancelled = asyncio.run(scenario())
+    assert (worked.text, twice.text) == ("worked", "worked twice")
+    assert hung.text == "error: tool took longer than 0.3 s and was abandoned"
+    assert isinstance(cancelled, asyncio.CancelledError)
+
+
+def test_threads_are_used_again_and_hold_nothing_while_they_are_idle():
+    """Starting a thread costs four times what a job for an idle one does. But an idle one must not keep an environment alive."""
+
+    class World:
+        def tell(self) -> int:
+            return threading.get_ident()
+
+    async def scenario():
+        world = World()
+        threads = {(await run_calls([Call("tell", {})], tools_of(world)))[0].text for _ in range(50)}
+        return threads, weakref.ref(world)
+
+    threads, world = asyncio.run(scenario())
+    gc.collect()
+    assert len(threads) < 5 and world() is None
+
+
+def test_no_more_threads_is_an_error_of_the_call(monkeypatch):
+    """When abandoned ones hold all that the system gives."""
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    async def alook():
+        return "a room"
+
+    monkeypatch.setattr(tools._thread, "start_new_thread", refuse)
+    monkeypatch.setattr(tools, "_idle", [])
+    refused = Observation("error: RuntimeError: can't start new thread", error=True)
+    assert run([Call("look", {}), Call("alook", {})], {"look": look, "alook": alook}) == [refused, refused]
 
 
 def test_contract_09_results_come_back_in_call_order():
