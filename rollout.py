@@ -598,11 +598,11 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
     """A Qwen3 of 0.7 million parameters, random but the same for the same seed. Two layers are the fewest that can copy.
 
     >>> sum(p.numel() for p in small_model(1024).parameters())
-    656128
+    656064
     """
     config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=32, intermediate_size=512, tie_word_embeddings=True, max_position_embeddings=2048,
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
+        head_dim=16, intermediate_size=512, tie_word_embeddings=True, max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0})  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -73,7 +73,7 @@ REJOIN_WINDOW = 0.25  # seconds in which quick tools rejoin at the same decoding
 KEEP = 3  # newest checkpoints that stay, beside the first
 MOST_DEMONSTRATIONS = 16000  # distinct ones; beyond that they are shown again
 # Environments shown more often than the length of their messages asks for: what is learned late.
-EXTRA = {"maze": 3.5, "chain": 2.5}
+EXTRA = {"maze": 4.5, "chain": 2.5}
 
 
 def option(default, text):
