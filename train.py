@@ -2,13 +2,13 @@
 
     python train.py                                  # about 1M parameters, made here, learns all six tasks
     python train.py --env calculator                 # one of them
-    python train.py --model MODEL --lr 1e-6 --warmup-lr 1e-5   # a folder or hub id: any causal language model of transformers
+    python train.py --model MODEL                    # a folder or hub id: any causal language model of transformers
     python train.py --env my_env.py:MyEnv            # an environment of yours
     python train.py --resume runs/0                  # go on after a crash or Ctrl-C
     python train.py --eval-only runs/0               # score a finished run
     torchrun --nproc-per-node 2 train.py             # several processes, one for each GPU
 
-A run leaves a folder runs/NAME: run.json, metrics.jsonl (a line per step), episodes.jsonl (every episode, token by token),
+A run leaves a folder runs/NAME: run.json, metrics.jsonl (a line per step), episodes.jsonl.gz (every episode, token by token),
 checkpoints/, model/ (a Hugging Face folder), scores.json (held-out successes, task by task) and, last of all, summary.json. It may
 be killed at any instant: resumed, it ends with the same bits as a run that never was. Left out here: a learning-rate search,
 dashboards (metrics.jsonl is one `json.loads` per line away from any plot).
@@ -17,6 +17,9 @@ Several processes do the same things in the same order, with two exceptions: eac
 its share of an update, and the first one alone writes. After both they have the same episodes and the same weights.
 """
 
+import errno
+import fcntl
+import gzip
 import hashlib
 import json
 import math
@@ -31,10 +34,10 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -66,18 +69,26 @@ from rollout import Engine, play, small_model
 from tools import schema, tools_of
 
 RUNS = Path("runs")
-WARM_BATCH = 40  # demonstrations per update of the warm start
-TIMED_UPDATES = 10  # after which the run says how long it will take
-UPDATES_PER_STEP, UPDATES_PER_EPISODE = 9, 0.05  # seconds of an RL step, of an episode of evaluation: in updates of the warm start
-REJOIN_WINDOW = 0.25  # seconds in which quick tools rejoin at the same decoding step: so a run repeats bit by bit
+METRICS, EPISODES = "metrics.jsonl", "episodes.jsonl.gz"  # files of a run that grow with every step
+WARM_BATCH = 32  # demonstrations per update of the warm start
 KEEP = 3  # newest checkpoints that stay, beside the first
 MOST_DEMONSTRATIONS = 16000  # distinct ones; beyond that they are shown again
 # Environments shown more often than the length of their messages asks for: what is learned late.
 EXTRA = {"maze": 4.5, "chain": 2.5}
 
 
+# Options whose best value depends on the model, which may begin with random weights or know language.
+SMALL_MODEL = {"lr": 2.5e-4, "epochs": 3, "temperature": 1.1, "warmup_lr": 6e-3, "warmup_steps": 80, "context": 448}
+GIVEN_MODEL = {"lr": 5e-5, "epochs": 1, "temperature": 1.0, "warmup_lr": 1e-4, "warmup_steps": 12, "context": 700}
+
+
 def option(default, text):
     return field(default_factory=lambda: default, metadata={"help": text})
+
+
+def by_model(name, text):
+    values = f"{SMALL_MODEL[name]}; with --model {GIVEN_MODEL[name]}"
+    return field(default=None, metadata={"help": f"{text} ({values})"})
 
 
 @dataclass
@@ -91,14 +102,21 @@ class Config(GRPOConfig):
     steps: int = option(11, "updates by reinforcement learning, times the number of environments")
     tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
-    lr: float = option(2.5e-4, "learning rate of these updates; it falls to 0")
-    negative_weight: float = option(0.1, "factor of advantages below 0 (GRPO: 1)")
-    warmup_steps: int = option(80, "updates by imitation before that, times the number of environments")
-    warmup_lr: float = option(6e-3, "learning rate at the peak of those; it falls to a tenth")
+    lr: float | None = by_model("lr", "learning rate of these updates; it falls to 0")
+    epochs: int | None = by_model("epochs", "updates per batch of episodes")
+    negative_weight: float | None = option(None, "factor of advantages below 0 (1, as in GRPO; 0.1 where "
+                                                 "the small model learns built-in environments)")
+    warmup_steps: int | None = by_model(
+        "warmup_steps", "updates by imitation before that, times the number of environments")
+    warmup_lr: float | None = by_model("warmup_lr", "learning rate at the peak of those; it falls to a tenth")
     max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
-    context: int = option(448, "tokens in one segment: prompt, messages and observations")
-    temperature: float = option(1.1, "of sampling in training: warmer than in evaluation (1), so that rare slips are seen")
+    context: int | None = by_model("context", "tokens in one segment: prompt, messages and observations")
+    slots: int | None = option(None, "contexts decoded at once (all of a step, but at most 128)")
+    rejoin_window: float | None = option(None, "seconds to wait for quick tools after each message, so that a run repeats bit by bit "
+                                               "(0.25 for built-in environments, else 0)")
+    tool_timeout: float = option(10.0, "seconds a tool call may take")
+    temperature: float | None = by_model("temperature", "of sampling in training; above 1 rare slips are seen")
     eval_tasks: int = option(200, "held-out tasks per environment, before and after")
     eval_only: str = option("", "RUN: only score the model of this run")
     resume: str = option("", "RUN: go on where its newest checkpoint stands; the run's own options hold")
@@ -120,27 +138,71 @@ class Config(GRPOConfig):
         return self.warmup_steps * len(self.env)
 
 
+def resolve(config: Config) -> Config:
+    """A value in place of each None: what the user gave stays.
+
+    A negative_weight below 1 makes learning seek risk. With rewards that are graded or noisy, it may prefer 1
+    with probability 0.4 to a sure 0.6. The built-in tasks can all be solved, and the small model learns them
+    in fewer steps with 0.1.
+    """
+    built_in = all(spec.partition(":")[0] in ENVIRONMENTS for spec in config.env)
+    defaults = {
+        **(GIVEN_MODEL if config.model else SMALL_MODEL),
+        "negative_weight": 0.1 if built_in and not config.model else 1.0,
+        "slots": min(128, config.tasks_per_step * config.group_size),
+        "rejoin_window": 0.25 if built_in else 0.0,  # their tools take microseconds
+    }
+    return replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+
+
+AT_LEAST = {
+    "seed": 0, "steps": 0, "tasks_per_step": 1, "group_size": 2, "epochs": 1, "pack_tokens": 1, "normaliser_tokens": 1,
+    "warmup_steps": 0, "max_turns": 1, "max_new_tokens": 1, "context": 1, "slots": 1, "eval_tasks": 1, "save_every": 1, "rejoin_window": 0,
+    "lr": 0, "warmup_lr": 0, "negative_weight": 0, "turn_credit": 0, "eps_low": 0, "eps_high": 0, "dual_clip": 1,
+    "kl_coef": 0, "entropy_coef": 0,
+}
+ABOVE_0 = ("temperature", "tool_timeout", "max_grad_norm", "tis_cap")
+
+
+def check_options(config: Config) -> None:
+    """Raise UserError for a number that makes no sense: better now than after the warm start."""
+    for name, value in asdict(config).items():
+        if not isinstance(value, (int, float)):
+            continue
+        said = f"--{name.replace('_', '-')} {value}"
+        if not math.isfinite(value):
+            raise UserError(f"{said}: want a finite number")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise UserError(f"{said}: want at least {AT_LEAST[name]}")
+        if name in ABOVE_0 and value <= 0:
+            raise UserError(f"{said}: want more than 0")
+
+
 def train(config: Config) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # The run's folder, the environments, the model
 
     clock, first = Clock(), ranks()[0] == 0
     run, config = gather(open_run(config))[0]  # one answer: nobody makes the folder before all have looked
-    if (run / "summary.json").exists():  # it is written last
+    if run and (run / "summary.json").exists():  # it is written last
         print(f"{run} is finished: there is nothing to go on with")
         return
+    lock = lock_run(run) if run and first else None  # held until this process ends
     factories = make_envs(config)
-    checkpoint = newest_checkpoint(run) if config.resume else None
+    checkpoint = newest_checkpoint(run) if run else None
     model, tokenizer = load_model(config, factories, checkpoint)
     chat, engine = make_engine(model, tokenizer, config)
     check_fit(chat, factories, config)
-    if first and not config.resume:  # only now: bad input leaves no folder behind
-        make_run(run, config)
+    if not run:  # only now: bad input leaves no folder behind
+        run, lock = make_run(config) if first else (None, None)
+        run = gather(run)[0]
     spread(model, config.shard)
     with sharded(model):
         optimizer = torch.optim.AdamW(masters(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
           f"environments {', '.join(factories)}")
+    resolved = (*SMALL_MODEL, "negative_weight", "slots")
+    print("options: " + ", ".join(f"{name} {getattr(config, name)}" for name in resolved))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Warm start: imitate demonstrations, right ones and wrong ones alike. Then see what imitation is worth
@@ -149,7 +211,7 @@ def train(config: Config) -> None:
         clock.start("warm start")
         imitate(model, chat, factories, config)
         clock.start("evaluation")
-        state = {"step": 0, "tokens": 0, "success": dict.fromkeys(factories, 0.0),
+        state = {"step": 0, "tokens": 0, "success": dict.fromkeys(factories, 0.0), "written": {},
                  "cursor": {spec: (config.seed + 1) * 10**6 for spec in factories}, "before": evaluate(engine, chat, factories, config)}
         save(run, state, clock, model, tokenizer, optimizer)
     else:
@@ -157,7 +219,7 @@ def train(config: Config) -> None:
         restore(optimizer, state.pop("optimizer"))
         clock.seconds.update(state.pop("seconds"))
     if first:
-        forget_after(run, state["step"])
+        forget_after(run, state["written"])
     print_scores(state["before"], "before")
     reference = load_reference(config, model, run) if config.kl_coef else None
 
@@ -186,8 +248,8 @@ def train(config: Config) -> None:
         for spec, success in state["success"].items():  # of the last few steps; a step in which all attempts crashed says nothing
             state["success"][spec] = success + 0.5 * (metrics.get(f"success/{spec}", success) - success)
         if first:
-            append(run / "metrics.jsonl", [metrics])
-            append(run / "episodes.jsonl", [record(e, a, step, tokenizer) for e, a in zip(episodes, advantages)])
+            append(run / METRICS, [metrics])
+            append(run / EPISODES, [record(e, a, step) for e, a in zip(episodes, advantages)])
         tqdm.write(metric_line(metrics))
         if step % 20 == 0:
             tqdm.write(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
@@ -213,6 +275,7 @@ def train(config: Config) -> None:
     write_json(run / "scores.json", {"before": state["before"], "after": after})
     write_json(run / "summary.json", summarise(state, after, clock, config))
     print(f"{run}: {clock.total():.0f} s: " + ", ".join(f"{phase} {s:.0f}" for phase, s in clock.seconds.items()))
+    lock.close()
 
 
 def score(config: Config) -> None:
@@ -246,8 +309,8 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
         chat = Chat(tokenizer)
         ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one
         stops = chat.stop_ids | set(ends if isinstance(ends, list) else [ends]) - {None}
-        return chat, Engine(model, stops, slots=min(128, config.tasks_per_step * config.group_size),
-                            context=config.context, rejoin_window=REJOIN_WINDOW)
+        return chat, Engine(model, stops, slots=config.slots, context=config.context,
+                            rejoin_window=config.rejoin_window)
     except ValueError as e:
         raise UserError(str(e)) from e
 
@@ -278,7 +341,8 @@ def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple
     def start(group: int, spec: str, seed: int, member: int):
         async def attempt() -> Episode:
             agent = Agent(llm, chat, max_turns=config.max_turns, max_new_tokens=config.max_new_tokens, context=config.context,
-                          temperature=config.temperature if temperature is None else temperature)
+                          temperature=config.temperature if temperature is None else temperature,
+                          tool_timeout=config.tool_timeout)
             episode = await agent.run(factories[spec](), seed, Random(f"{config.seed} {step} {spec} {seed} {member}"))
             episode.env, episode.group, episode.member = spec, group, member
             return episode
@@ -405,7 +469,7 @@ def imitate(model, chat: Chat, factories: dict, config: Config, keep=lambda epis
 def estimate(update_seconds: float, config: Config) -> str:
     """How long a run will take, from the seconds of its first updates. What the rest costs in updates was measured once.
 
-    >>> estimate(0.25, Config())
+    >>> estimate(0.25, resolve(Config()))
     'on this machine the warm start takes about 2 minutes, the whole run about 6'
     """
     evaluations = 4 * config.eval_tasks * len(config.env)  # before and after, sampled and greedy
@@ -539,7 +603,7 @@ def learn_tokenizer(factories: dict, config: Config):
 
 
 def check_fit(chat: Chat, factories: dict, config: Config) -> None:
-    """Raise UserError if a task cannot fit the context: better now than in an hour."""
+    """Raise UserError if a task cannot fit the context, or a demonstrator fails: better now than in an hour."""
     for spec, factory in factories.items():
         schemas = [schema(t) for t in tools_of(factory()).values()]
         for _, task in islice(tasks_of(factory, evaluation=False), 20):
@@ -547,6 +611,11 @@ def check_fit(chat: Chat, factories: dict, config: Config) -> None:
             if tokens + config.max_new_tokens > config.context:
                 raise UserError(f"{spec}: a prompt of {tokens} tokens and a message of {config.max_new_tokens} do not fit --context "
                                 f"{config.context}; task: {task[:80]!r}")
+        if config.warmup_steps and demonstrator(factory):
+            try:
+                demonstrations(chat, factories, config, {spec: 10}, start=0)
+            except ValueError as e:
+                raise UserError(f"{spec}: its demonstrator fails: {e}") from e
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -579,19 +648,33 @@ def metric_line(m: dict) -> str:
             f"entropy {m['entropy']:.2f}  |g| {m['grad_norm']:.2f}{' SKIPPED' if m['skipped'] else ''}  {m['seconds']:.1f} s")
 
 
-def record(e: Episode, advantage: float, step: int, tokenizer) -> dict:
-    segments = [{"ids": s.ids, "tokens": tokenizer.convert_ids_to_tokens(s.ids), "sampled": s.sampled, "logps": s.logps, "turn": s.turn}
-                for s in e.segments]
+def record(e: Episode, advantage: float, step: int) -> dict:
+    """An episode as a line of episodes.jsonl.gz. What it holds can be read back, token by token:
+
+        tokenizer = AutoTokenizer.from_pretrained("runs/0/checkpoints/step-000000")
+        for line in gzip.open("runs/0/episodes.jsonl.gz", "rt"):
+            episode = json.loads(line)
+            segments = [Segment(**s) for s in episode["segments"]]
+            print(episode["reward"], tokenizer.decode(segments[0].ids))
+    """
+    segments = [asdict(s) for s in e.segments]
     return {"step": step, "env": e.env, "seed": e.seed, "task": task_hash(e.task), "group": e.group, "member": e.member,
             "reward": e.reward, "advantage": advantage, "success": e.success, "finish": e.finish, "error": e.error, "turns": e.turns,
             "segments": segments}
 
 
 def append(path: Path, lines: list[dict]) -> None:
-    with writing(path), path.open("a") as file:
-        for line in lines:  # NaN is not JSON
-            file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}) + "\n")
+    """Add lines of JSON. To a .gz file they go as one compressed part; readers see such parts as one file."""
+    rows = [json.dumps({name: finite(value) for name, value in line.items()}) + "\n" for line in lines]
+    data = "".join(rows).encode()
+    with writing(path), path.open("ab") as file:
+        file.write(gzip.compress(data) if path.suffix == ".gz" else data)
     sync(path)  # before the checkpoint that counts on these lines
+
+
+def finite(value):
+    """NaN and infinity are not JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def interval(successes: list[int]) -> list[float]:
@@ -651,15 +734,17 @@ class Clock:
 # The folder
 
 
-def open_run(config: Config) -> tuple[Path, Config]:
-    """The run's folder (a new one is not made yet) and the options that hold in it."""
+def open_run(config: Config) -> tuple[Path | None, Config]:
+    """The folder of the run to go on with (None: a new run, see `make_run`) and the options that hold in it."""
     if config.resume:
         return read_run(config.resume)
-    names = [int(p.name) for p in RUNS.glob("*") if p.name.isdigit()]
-    run = RUNS / (config.name or str(max(names, default=-1) + 1))
-    if run.exists():
-        raise UserError(f"{run} exists: choose another --name, or --resume {run}")
-    return run, config
+    if config.name and (RUNS / config.name).exists():
+        raise UserError(taken(config.name))
+    return None, resolve(config)
+
+
+def taken(name: str) -> str:
+    return f"{RUNS / name} exists: choose another --name, or --resume {RUNS / name}"
 
 
 def read_run(name: str) -> tuple[Path, Config]:
@@ -671,17 +756,57 @@ def read_run(name: str) -> tuple[Path, Config]:
         options = Config(**json.loads((run / "run.json").read_text())["config"])
     except (LookupError, TypeError, ValueError) as e:
         raise UserError(f"{run / 'run.json'} does not hold the options of a run ({e})") from e
-    return run, replace(options, resume=name)
+    return run, resolve(replace(options, resume=name))
 
 
-def make_run(run: Path, config: Config) -> None:
-    with whole_folder(run) as folder:
-        (folder / "run.json").write_text(json.dumps({"config": asdict(config), "versions": versions()}, indent=2))
+def make_run(config: Config) -> tuple[Path, IO]:
+    """(folder, lock) of a new run. The folder appears with its run.json, whole and locked.
+
+    It is made under another name, then renamed. A folder cannot be renamed onto one that is not empty.
+    So of two runs that start together each gets its own.
+    """
+    wanted = RUNS / (config.name or "new")
+    partial = wanted.with_name(f"partial-{wanted.name}-{os.getpid()}")
+    with writing(partial):
+        partial.mkdir(parents=True)
+        try:
+            write_json(partial / "run.json", {"config": asdict(config), "versions": versions()})
+            lock = lock_run(partial)
+            run = rename_to_free(partial, config.name)
+            for parent in (run.parent, run.parent.parent):  # the names, too; the parent itself may be new
+                sync(parent)
+            return run, lock
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # if it failed
+
+
+def rename_to_free(folder: Path, name: str) -> Path:
+    """Move `folder` to runs/NAME; without a name, to the first number that is free behind all others."""
+    numbers = [int(p.name) for p in RUNS.glob("*") if p.name.isdigit()]
+    for free in [name] if name else map(str, count(max(numbers, default=-1) + 1)):
+        try:
+            return folder.rename(RUNS / free)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise UserError(taken(name))
+
+
+def lock_run(run: Path) -> IO:
+    """Keep other processes from going on with this run. The kernel lets go when this one ends, however it ends."""
+    with writing(run / "run.json"):
+        file = (run / "run.json").open("r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{run} is in use: another process is training it") from e
+        return file
 
 
 def save(run: Path, state: dict, clock: Clock, model, tokenizer, optimizer) -> None:
     """A checkpoint: the same files for any number of processes. All bring their parts, the first one writes."""
-    state = {**state, "seconds": dict(clock.seconds), "optimizer": assemble(optimizer.state_dict())}
+    written = {name: (run / name).stat().st_size for name in (METRICS, EPISODES) if (run / name).exists()}
+    state = {**state, "seconds": dict(clock.seconds), "optimizer": assemble(optimizer.state_dict()), "written": written}
     weights = model_state(model)
     if ranks()[0] == 0:
         save_checkpoint(run, state, model, tokenizer, weights)
@@ -790,16 +915,12 @@ def writing(path: Path):
                         "--resume goes on from there") from e
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Cut off the lines of steps that came after the checkpoint, which will be made again, and a last line that was never finished."""
-    for path in (p for p in (run / "metrics.jsonl", run / "episodes.jsonl") if p.exists()):
-        with path.open("rb+") as file:
-            whole = 0
-            for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-                whole += len(line)
-            file.truncate(whole)
+def forget_after(run: Path, written: dict[str, int]) -> None:
+    """Cut the files that grow to their sizes at the checkpoint: the steps after it will be made again."""
+    for path in (run / METRICS, run / EPISODES):
+        if path.exists():
+            size = written.get(path.name, 0)
+            os.truncate(path, min(size, path.stat().st_size))  # never longer: somebody may have moved it away
 
 
 class CtrlC:
@@ -848,6 +969,7 @@ def lost(reason: object) -> None:
 def command_line() -> None:
     config, = HfArgumentParser(Config).parse_args_into_dataclasses()
     try:
+        check_options(config)
         join(config)
         score(config) if config.eval_only else train(config)
         if dist.is_initialized():

@@ -8,6 +8,7 @@ and over the same rows one by one, in packs of the same size, taking turns, the 
 """
 
 import argparse
+import gzip
 import json
 import statistics
 import sys
@@ -27,7 +28,7 @@ import train  # noqa: E402
 
 def episodes_of(run: Path, steps: list[int]) -> dict[int, list]:
     found = {step: [] for step in steps}
-    for line in (run / "episodes.jsonl").open():
+    for line in gzip.open(run / train.EPISODES, "rt"):
         e = json.loads(line)
         if e["step"] in found:
             segments = [SimpleNamespace(**s) for s in e["segments"]]

@@ -4,6 +4,7 @@ The quick tests start two processes once, the way torchrun starts them: `python 
 compared here is computed in float64, where another order of summation shows in the last of 16 digits and a wrong factor in the first.
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -59,7 +60,7 @@ def demonstrate_lengths(env, random):
 """
 RUN = dict(env=["lengths.py:Lengths"], model="model", dtype="float64", device="cpu", lr=1e-3, warmup_lr=3e-2, steps=3, warmup_steps=8,
            save_every=2, tasks_per_step=3, group_size=4, eval_tasks=3, max_new_tokens=8, max_turns=2, context=256, pack_tokens=300,
-           kl_coef=0.05, temperature=1.0)
+           kl_coef=0.05, temperature=1.0, epochs=3, negative_weight=0.1)
 WORDS = [word for key, value in RUN.items() for word in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))]
 
 
@@ -230,7 +231,8 @@ def weights_of(run, what="model"):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        return [json.loads(line) for line in file]
 
 
 def same_weights(a, b, what="model"):
@@ -244,7 +246,7 @@ def test_contract_06_a_run_of_two_processes_is_that_of_one(folder, name):
     """Warm start and three steps of three groups: episodes token by token and in order, metrics, scores, weights, file by file."""
     one, two = folder / "runs" / "one", folder / "runs" / name
     assert files(two) == files(one)
-    episodes, expected = lines(two / "episodes.jsonl"), lines(one / "episodes.jsonl")
+    episodes, expected = lines(two / "episodes.jsonl.gz"), lines(one / "episodes.jsonl.gz")
     assert len(episodes) == len(expected) == 3 * 3 * 4
     for e, x in zip(episodes, expected):
         for a, b in zip(e.pop("segments"), x.pop("segments"), strict=True):

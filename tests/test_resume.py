@@ -4,6 +4,7 @@ Runs are children of a process that has torch loaded already (a fork server), on
 fall into a save. The environment rewards letters, so that even an untrained model finds a gradient to follow.
 """
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -55,7 +56,8 @@ def demonstrate_vowels(env, rng):
 '''
 OPTIONS = ["--env", "vowels.py:Vowels", "--warmup-steps", "10", "--warmup-lr", "0.02", "--steps", "6", "--save-every", "1",
            "--eval-tasks", "4", "--group-size", "4", "--tasks-per-step", "2", "--max-turns", "2", "--max-new-tokens", "8",
-           "--context", "240"]
+           "--context", "240",
+           "--rejoin-window", "60"]  # the contract is for tools that keep within it, and this machine may be busy
 TIMES = ("seconds", "tokens_per_second")
 
 
@@ -79,7 +81,6 @@ def child(folder, words, slow=0.0, die_at="", largest_file=0):
         sync(path)
 
     train.sync = watched
-    train.REJOIN_WINDOW = 60  # the contract is for tools that keep within it, and this machine may be busy
     sys.argv = ["train.py", *words]
     train.command_line()
 
@@ -129,7 +130,8 @@ def copy(whole):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        return [json.loads(line) for line in file]
 
 
 def metrics(run):
@@ -146,7 +148,7 @@ def assert_equal(run, whole):
     assert all(torch.equal(averages[0][i][k], averages[1][i][k]) for i in averages[1] for k in averages[1][i])
     assert [m["step"] for m in metrics(run)] == [1, 2, 3, 4, 5, 6], "neither a gap nor a double line"
     assert metrics(run) == metrics(whole)
-    assert lines(run / "episodes.jsonl") == lines(whole / "episodes.jsonl")
+    assert lines(run / "episodes.jsonl.gz") == lines(whole / "episodes.jsonl.gz")
     assert (run / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
@@ -165,10 +167,10 @@ def test_the_run_that_all_others_are_compared_with_learns_something(whole):
 
 
 DEATHS = {  # where it dies: what is there then
-    "partial-torn/run.json": lambda run: not run.exists(),
+    "partial-run.json": lambda run: not run.exists(),
     "partial-step-000000/config.json": lambda run: not (run / "checkpoints" / "step-000000").exists(),
     "partial-step-000002/trainer.pt": lambda run: newest(run) == 1 and len(lines(run / "metrics.jsonl")) == 2,
-    "episodes.jsonl": lambda run: newest(run) == 1 and len(lines(run / "episodes.jsonl")) == 16,
+    "episodes.jsonl": lambda run: newest(run) == 1 and len(lines(run / "episodes.jsonl.gz")) == 16,
     "partial-model/model.safetensors": lambda run: newest(run) == 6 and not (run / "model").exists(),
     "partial-summary.json": lambda run: (run / "scores.json").exists() and not (run / "summary.json").exists(),
 }
@@ -213,7 +215,7 @@ def test_contract_11_killed_at_random_moments(start, whole, capsys):
                 break
             assert process.exitcode == -signal.SIGKILL, (folder / "out.txt").read_text()
             kills += 1
-            in_save += any(folder.rglob("partial-*"))
+            in_save += any(run.rglob("partial-*"))
             done = run / "metrics.jsonl"
             lost += max(0, done.read_text().count("\n") - max(newest(run), 0)) if done.exists() else 0
         assert_equal(run, whole)
@@ -232,6 +234,32 @@ def test_a_run_without_a_model_cannot_be_scored(whole, copy):
         train.score(train.Config(eval_only=str(run)))
 
 
+# ---- two at once ----
+
+
+def test_a_run_that_goes_on_is_locked(start, whole, here):
+    """A second --resume wrote into the same files: double lines, and a checkpoint of two histories."""
+    folder, run = whole.parent.parent, whole.with_name("locked")
+    process = start(folder, ["--name", "locked", *OPTIONS, "--steps", "1000"])
+    wait_for(run.exists)
+    code, _, errors = here(folder, "--resume", "runs/locked")
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    assert code == 2 and errors == "train.py: runs/locked is in use: another process is training it\n"
+    train.lock_run(run).close()  # what a killed process held is free
+
+
+def test_two_runs_that_start_together_both_end(start, whole):
+    """Both took the same number, and the second removed the first's folder."""
+    folder = whole.parent.parent
+    together = [start(folder, [*OPTIONS, "--steps", "1", "--seed", seed]) for seed in ("1", "2")]
+    for process in together:
+        finish(process)
+    seeds = [json.loads((folder / "runs" / name / "summary.json").read_text())["seed"] for name in "01"]
+    assert sorted(seeds) == [1, 2]
+
+
 # ---- what is left ----
 
 
@@ -242,15 +270,21 @@ def test_the_first_and_the_newest_checkpoints_stay(whole):
 
 
 def test_lines_after_the_checkpoint_and_a_half_written_one_are_cut_off(tmp_path):
-    for name in ("metrics.jsonl", "episodes.jsonl"):
-        (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n{"st')
-        train.forget_after(tmp_path, 2)
-        assert lines(tmp_path / name) == [{"step": 1}, {"step": 2}, {"step": 2}]
-        train.append(tmp_path / name, [{"step": 3}])
-        with (tmp_path / name).open("a") as file:
-            file.write('{"step": 4')
-        train.forget_after(tmp_path, 9)
-        assert [line["step"] for line in lines(tmp_path / name)] == [1, 2, 2, 3]
+    for name in ("metrics.jsonl", "episodes.jsonl.gz"):
+        path, three = tmp_path / name, [{"step": 1}, {"step": 2}, {"step": 2}]
+        train.append(path, three[:1])
+        train.append(path, three[1:])
+        written = {name: path.stat().st_size}
+        train.append(path, [{"step": 3}])
+        os.truncate(path, path.stat().st_size - 4)
+        train.forget_after(tmp_path, written)
+        assert lines(path) == three
+        train.append(path, [{"step": 3}])
+        assert [line["step"] for line in lines(path)] == [1, 2, 2, 3]
+        train.forget_after(tmp_path, {})
+        assert lines(path) == [], "at the first checkpoint nothing was written"
+        train.forget_after(tmp_path, written)
+        assert lines(path) == [], "a file that somebody emptied is not filled with zeros"
 
 
 def truncate(path):

@@ -4,24 +4,33 @@ Everything runs as a command in a folder of its own, at a size of seconds; the l
 """
 
 import asyncio
+import dataclasses
 import doctest
+import gzip
 import importlib
+import inspect
+import itertools
 import json
+import math
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from agent import Episode
+from agent import Episode, Segment, small_tokenizer
+from grpo import GRPOConfig, make_rows
 from rollout import small_model
 from tools import format_call
 
@@ -46,7 +55,8 @@ def finished(tmp_path_factory):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        return [json.loads(line) for line in file]
 
 
 # ---- the folder ----
@@ -54,7 +64,7 @@ def lines(path):
 
 def test_a_run_leaves_what_the_readme_promises(finished):
     run = finished[0] / "runs" / "whole"
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "episodes.jsonl", "metrics.jsonl", "model", "run.json",
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "episodes.jsonl.gz", "metrics.jsonl", "model", "run.json",
                                                      "scores.json", "summary.json"]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000000", "step-000002", "step-000004"]
     metrics = lines(run / "metrics.jsonl")
@@ -71,12 +81,49 @@ def test_a_run_leaves_what_the_readme_promises(finished):
 
 def test_every_episode_is_kept_token_by_token(finished):
     """Lists of different lengths in one record: the first sign of a mask that slipped."""
-    episodes = lines(finished[0] / "runs" / "whole" / "episodes.jsonl")
+    episodes = lines(finished[0] / "runs" / "whole" / "episodes.jsonl.gz")
     assert len(episodes) == 4 * 2 * 4
     for e in episodes:
         for s in e["segments"]:
-            assert len({len(s[name]) for name in ("ids", "tokens", "sampled", "logps", "turn")}) == 1
+            assert len({len(s[name]) for name in ("ids", "sampled", "logps", "turn")}) == 1
             assert all((logp != 0) <= sampled for logp, sampled in zip(s["logps"], s["sampled"]))
+
+
+def test_episodes_are_read_back_as_they_were(tmp_path, monkeypatch, capsys):
+    """By the lines in the docstring of `record`: every Segment, every log-prob to the last bit, and the text."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer, rng = small_tokenizer(["what is it"]), random.Random(0)
+    tokenizer.save_pretrained("runs/0/checkpoints/step-000000")
+    episodes = [Episode(reward=0.25), Episode(reward=1.0)]
+    for e in episodes:
+        first, second = Segment(), Segment()
+        for turn in range(3):
+            first.extend(tokenizer.encode("what is it"), turn - 1)
+            first.extend([rng.randrange(260) for _ in range(5)], turn, [math.log(rng.random()) for _ in range(5)])
+        second.extend(first.ids[-9:], 2)
+        e.segments = [first, second]
+    for e in episodes:
+        train.append(Path("runs/0", train.EPISODES), [train.record(e, 0.5, 1)])
+    reader = textwrap.dedent(inspect.getdoc(train.record).split("\n\n")[1])
+    names = {"AutoTokenizer": train.AutoTokenizer, "Segment": Segment, "gzip": gzip, "json": json, "found": []}
+    exec(reader + "\n    found.append(segments)", names)
+    assert names["found"] == [e.segments for e in episodes]
+    assert "0.25 what is it" in capsys.readouterr().out
+
+
+def test_what_every_attempt_repeats_is_compressed_away(tmp_path):
+    """The prompt, the marks, the turns: the default run wrote 98 MB. A log-prob needs 8 bytes, a new token 2."""
+    prompt, step, rng = [*range(200)], [], random.Random(0)
+    for _ in range(64):
+        segment = Segment()
+        segment.extend(prompt, -1)
+        for turn in range(3):
+            segment.extend([rng.randrange(1000) for _ in range(15)], turn, [math.log(rng.random()) for _ in range(15)])
+            segment.extend([rng.randrange(1000) for _ in range(15)], turn)
+        step.append(train.record(Episode(segments=[segment]), 0.0, 1))
+    train.append(tmp_path / train.EPISODES, step)
+    new = 64 * (45 * 8 + 90 * 2)
+    assert (tmp_path / train.EPISODES).stat().st_size < 1.5 * new < 0.2 * len(json.dumps(step))
 
 
 def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished, here):
@@ -95,7 +142,7 @@ def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished, 
 def test_the_warm_start_s_optimizer_moves_every_weight_once():
     """Muon has the layers' matrices, AdamW the rest, and each weight is in exactly one; a given model is AdamW's alone."""
     model = small_model(32)
-    optimizer = train.Imitator(model, train.Config())
+    optimizer = train.Imitator(model, train.resolve(train.Config()))
     owned = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
     assert len({id(p) for p in owned}) == len(owned) == len(list(model.parameters()))
     assert {p.ndim for group in optimizer.parts[1].param_groups for p in group["params"]} == {2}
@@ -105,11 +152,11 @@ def test_the_warm_start_s_optimizer_moves_every_weight_once():
     optimizer.set_lr(20)
     optimizer.step()
     assert all((a != b).any() for a, b in zip(before, model.parameters()))
-    assert len(train.Imitator(model, train.Config(model="some/model")).parts) == 1
+    assert len(train.Imitator(model, train.resolve(train.Config(model="some/model"))).parts) == 1
 
 
 def test_the_warm_start_s_learning_rate_rises_for_twenty_steps_and_falls_to_a_tenth():
-    config = train.Config(env=["calculator"], warmup_steps=200)
+    config = train.resolve(train.Config(env=["calculator"], warmup_steps=200))
     optimizer, rates = train.Imitator(small_model(32), config), []
     for step in (1, 20, 200):
         optimizer.set_lr(step)
@@ -147,6 +194,11 @@ BAD = [
     (["--eval-only", "runs/none"], "no run at 'runs/none'"),
     (["--env", "calculator", "--context", "100"], "do not fit --context 100"),
     (["--kind", "magic"], "invalid choice: 'magic'"),
+    (["--eval-tasks", "0"], "--eval-tasks 0: want at least 1"),
+    (["--save-every", "0"], "--save-every 0: want at least 1"),
+    (["--lr", "nan"], "--lr nan: want a finite number"),
+    (["--temperature", "0"], "--temperature 0.0: want more than 0"),
+    (["--env", "calculator", "--max-new-tokens", "6"], "calculator: its demonstrator fails: a scripted message of"),
     (["--shard"], "--shard is for a model given by --model"),
     (["--shard", "--model", "m", "--dtype", "bfloat16"], "--shard is for a model given by --model, not in 16 bits"),
 ]
@@ -158,6 +210,100 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(tmp_path, here, words, sa
     assert code == 2 and said in errors and "Traceback" not in errors
     assert len([line for line in errors.splitlines() if line.startswith("train.py: ")]) == 1
     assert not (tmp_path / "runs").exists(), "what cannot start leaves nothing behind"
+
+
+@pytest.mark.parametrize("option", [f for f in dataclasses.fields(train.Config) if {"int", "float"} & {*re.findall(r"\w+", str(f.type))}
+                                    or f.type in (int, float)], ids=lambda f: f.name)
+def test_no_number_may_be_negative_or_nan(option):
+    """A run was over after the warm start, with a traceback: ZeroDivisionError, or a step that never came."""
+    train.check_options(train.Config())
+    for value in [-1, *([math.nan, math.inf] if "float" in str(option.type) else [])]:
+        with pytest.raises(train.UserError, match=f"--{option.name.replace('_', '-')} {value}: want "):
+            train.check_options(train.Config(**{option.name: value}))
+
+
+# ---- options that depend on the model ----
+
+
+def test_a_given_model_is_trained_with_smaller_steps(capsys):
+    """SmolLM2-135M was trained with the small model's learning rate, 5 times too high; its warm start's was 60 times too high."""
+    small, given = train.resolve(train.Config()), train.resolve(train.Config(model="some/model"))
+    assert (small.lr, small.warmup_lr, small.epochs) == (2.5e-4, 6e-3, 3)
+    assert (given.lr, given.warmup_lr, given.epochs) == (5e-5, 1e-4, 1)
+    assert train.resolve(train.Config(model="some/model", lr=1e-6)).lr == 1e-6, "what the user says holds"
+    assert None not in [getattr(given, name) for name in train.GIVEN_MODEL] and train.resolve(given) == given
+
+
+def test_a_run_says_and_keeps_the_options_it_resolved(finished):
+    folder, out = finished
+    config = json.loads((folder / "runs/whole/run.json").read_text())["config"]
+    assert config["lr"] == 2.5e-4 and config["negative_weight"] == 0.1 and config["slots"] == 8
+    assert "options: lr 0.00025, epochs 3, temperature 1.1, warmup_lr 0.006, warmup_steps 6, " in out
+
+
+def test_a_tool_gets_the_seconds_it_is_given():
+    llm, seen = SimpleNamespace(forget=lambda: None, expect=lambda task: None, slots=1), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Agent", lambda *_, **options: seen.append(options) or FakeAgent())
+        config = train.resolve(train.Config(env=["calculator"], tool_timeout=0.5))
+        train.roll_out(llm, None, {"calculator": dict}, config, [("calculator", 0)], 1, size=1)
+    assert seen[0]["tool_timeout"] == 0.5
+
+
+class FakeAgent:
+    async def run(self, *_):
+        return Episode()
+
+
+@pytest.mark.parametrize("config, weight", [
+    (train.Config(), 0.1), (train.Config(env=["maze:size=4"]), 0.1), (train.Config(model="some/model"), 1.0),
+    (train.Config(env=["calculator", "my_env.py:Mine"]), 1.0), (train.Config(env=["retry:maze"]), 1.0),
+    (train.Config(env=["my_env.py:Mine"], negative_weight=0.5), 0.5)])
+def test_failures_weigh_less_only_where_the_small_model_learns_built_in_tasks(config, weight):
+    assert train.resolve(config).negative_weight == weight
+
+
+def expected_reward_learned(negative_weight):
+    """Of a policy with two actions: a sure reward of 0.6, or 1 with probability 0.4. By the exact mean gradient over groups of 4."""
+    config, outcomes = GRPOConfig(negative_weight=negative_weight), []
+    for group in itertools.product((0.6, 1.0, 0.0), repeat=4):  # every outcome of four attempts
+        episodes = [Episode(segments=[Segment([0, 1], [False, True], [0.0, 0.0], [-1, 0])], reward=r, turns=1) for r in group]
+        rows, _, _ = make_rows(episodes, config)
+        outcomes.append((group, {row.episode: row.advantages[0] for row in rows}))
+    logit = 0.0
+    for _ in range(300):
+        risky = 1 / (1 + math.exp(-logit))
+        chance = {0.6: 1 - risky, 1.0: 0.4 * risky, 0.0: 0.6 * risky}
+        gradient = 0.0
+        for group, advantages in outcomes:
+            of_group = sum(a * ((group[i] != 0.6) - risky) for i, a in advantages.items())
+            gradient += math.prod(chance[r] for r in group) * of_group
+        logit += gradient
+    return 0.4 * risky + 0.6 * (1 - risky)
+
+
+def test_weighing_failures_less_seeks_risk():
+    """A sure 0.6 is better than 1 with probability 0.4. With a weight of 0.1 the policy learns the worse one."""
+    assert expected_reward_learned(1.0) > 0.59
+    assert expected_reward_learned(0.1) < 0.45
+
+
+# ---- two runs in one place ----
+
+
+def test_of_two_runs_that_start_together_each_gets_its_own_folder(tmp_path, monkeypatch):
+    """Both took number 0, the second removed the first's folder, and both ended with exit code 0."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/0").mkdir(parents=True)
+    Path("runs/0/run.json").touch()
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([]))  # neither sees the other when it looks for a free number
+    (first, _), (second, _) = train.make_run(train.Config(seed=1)), train.make_run(train.Config(seed=2))
+    assert [str(first), str(second)] == ["runs/1", "runs/2"] and Path("runs/0/run.json").read_text() == ""
+    assert [json.loads((run / "run.json").read_text())["config"]["seed"] for run in (first, second)] == [1, 2]
+    train.make_run(train.Config(name="mine"))
+    with pytest.raises(train.UserError, match="runs/mine exists: choose another --name, or --resume runs/mine"):
+        train.make_run(train.Config(name="mine"))
+    assert sorted(os.listdir("runs")) == ["0", "1", "2", "mine"]
 
 
 def test_a_name_that_exists_is_refused(finished, here):
@@ -216,7 +362,7 @@ def test_the_readmes_own_tool_and_environment_work(tmp_path, here):
 
 def test_recall_cannot_be_answered_from_the_window_of_the_default_run():
     """Even if nothing is noted, so that more pages fit: else what is learned there would not be memory."""
-    config = train.Config(env=["recall"])
+    config = train.resolve(train.Config(env=["recall"]))
     factories = train.make_envs(config)
     chat = train.Chat(train.learn_tokenizer(factories, config))
     for seed in range(50):
