@@ -70,7 +70,10 @@ from tools import schema, tools_of
 
 RUNS = Path("runs")
 METRICS, EPISODES = "metrics.jsonl", "episodes.jsonl.gz"  # files of a run that grow with every step
-WARM_BATCH = 32  # demonstrations per update of the warm start
+TIMED_UPDATES = 10  # after these the run says how long it will take
+# How long an RL step, and an episode of evaluation, takes: in updates of the warm start. Measured with the default run.
+UPDATES_PER_STEP, UPDATES_PER_EPISODE = 8, 0.04
+WARM_BATCH = 40  # demonstrations per update of the warm start
 KEEP = 3  # newest checkpoints that stay, beside the first
 MOST_DEMONSTRATIONS = 16000  # distinct ones; beyond that they are shown again
 # Environments shown more often than the length of their messages asks for: what is learned late.
@@ -408,7 +411,7 @@ def demonstrations(chat: Chat, factories: dict, config: Config, counts: dict[str
                    keep=lambda episode: True) -> list[Episode]:
     """So many demonstrations of each environment, evenly mixed. `keep` says which ones are wanted."""
     columns = []
-    for spec, count in counts.items():
+    for spec, wished in counts.items():
         factory, demonstrate = factories[spec], demonstrator(factories[spec])
 
         def show(seed: int, factory=factory, demonstrate=demonstrate):
@@ -421,8 +424,8 @@ def demonstrations(chat: Chat, factories: dict, config: Config, counts: dict[str
             return attempt
 
         column, cursor = [], {spec: start}
-        while len(column) < count:
-            wanted = [next_seed(factory, cursor, spec) for _ in range(count - len(column))]
+        while len(column) < wished:
+            wanted = [next_seed(factory, cursor, spec) for _ in range(wished - len(column))]
             column += [e for e in play_together([show(seed) for seed in wanted], 64) if keep(e)]
         columns.append(column)
     places = [(i / len(column), number, i) for number, column in enumerate(columns) for i in range(len(column))]
