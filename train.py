@@ -81,7 +81,7 @@ EXTRA = {"maze": 4.5, "chain": 2.5}
 
 
 # Options whose best value depends on the model, which may begin with random weights or know language.
-SMALL_MODEL = {"lr": 2.5e-4, "epochs": 3, "temperature": 1.1, "warmup_lr": 6e-3, "warmup_steps": 80, "context": 448}
+SMALL_MODEL = {"lr": 2.5e-4, "epochs": 3, "temperature": 1.1, "warmup_lr": 6e-3, "warmup_steps": 110, "context": 448}
 GIVEN_MODEL = {"lr": 5e-5, "epochs": 1, "temperature": 1.0, "warmup_lr": 1e-4, "warmup_steps": 12, "context": 700}
 
 
