@@ -2,6 +2,7 @@
 
     episodes of one task -> advantage of each = its reward minus the group's mean
     segments             -> rows: ids, and which of them were sampled
+    rows                 -> `plain_loss`: the idea. All below it computes the same, faster:
     rows                 -> trees: what rows have in common is computed once, be it a prompt or what several attempts did
     trees                -> hidden states at the sampled tokens -> linear_policy_loss -> gradients -> AdamW
 
@@ -70,7 +71,7 @@ class GRPOConfig:
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
     epochs: int = field(default=3, metadata={"help": "updates per batch of episodes"})
     pack_tokens: int = field(default=2048, metadata={
-        "help": "tokens computed in one pass (memory, not maths); rows that share a prefix stay together, even if they are more"})
+        "help": "tokens computed in one pass (memory, not maths); rows that share a prefix may exceed it"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "the gradient is scaled down to this norm"})
 
 
@@ -163,10 +164,11 @@ def make_rows(episodes: Sequence[Episode], config: GRPOConfig) -> tuple[list[Row
     return rows, [by_id.get(id(e), 0.0) for e in episodes], {"no_signal": 1 - len(signal) / len(groups) if groups else 1.0}
 
 
-def episode_rows(episode: Episode, number: int, of_turn: Sequence[float], silent_too: bool = False) -> list[Row]:
-    """One row for each segment of which some token has an advantage other than 0; `of_turn`: advantage of each turn.
+def episode_rows(episode: Episode, number: int, of_turn: Sequence[float],
+                 silent_too: bool = False) -> list[Row]:
+    """One row for each segment of which some token is trained. `of_turn`: advantage of each turn.
 
-    `silent_too`: sampled tokens whose advantage is 0 are trained as well.
+    Trained are the sampled tokens whose advantage is not 0; with `silent_too`, all sampled tokens.
     """
     rows = []
     for s in episode.segments:
@@ -196,6 +198,45 @@ def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[list[float]]:
               "constant": lambda e: 1 / (config.normaliser_tokens * len(tokens))}[config.normaliser]
     return [[factor(row.episode)] * len(row.trained) for row in rows]
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plain loss: all of GRPO that is not advantages
+
+
+def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: float = 1.0):
+    """PPO's clipped loss of all rows, in the plainest way. `update` computes the same, but faster.
+
+    Rows are padded to one length, and every token gets logits for the whole vocabulary. The ratio
+    is to the policy that sampled. Without KL, entropy, and the other options of the loss.
+    """
+    device = next(model.parameters()).device
+    length = max(len(row.ids) for row in rows)
+    padded = [row.ids + [0] * (length - len(row.ids)) for row in rows]
+    ids = torch.tensor(padded, device=device)  # [R, T]
+
+    # Padding stands at the right, so no token of a row looks at it.
+    logits = model(input_ids=ids).logits / temperature  # [R, T, V]
+    log_probs = logits.log_softmax(-1)  # [R, T, V]
+
+    loss = 0.0
+    for number, (row, weights) in enumerate(zip(rows, token_weights(rows, config))):
+        position = torch.tensor(row.trained, device=device)  # [N]
+        token = ids[number, position]  # [N]
+        logps = log_probs[number, position - 1, token]  # [N] what stands before a token predicts it
+
+        values = torch.tensor([row.logps, row.advantages, weights], dtype=torch.float64)  # [3, N]
+        old_logps, advantage, weight = values.to(logps)
+        ratio = (logps - old_logps).exp()
+        clipped = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
+        # The smaller of the two: a step that goes too far gains nothing more.
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
+        loss = loss - (weight * gain).sum()
+    return loss
+
+
+# ======================================================================================================================
+# This is the idea. What follows computes the same, faster and in less memory; a test compares them.
+# ======================================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Packs: what rows have in common, once
@@ -251,10 +292,10 @@ class Pack:
 
     ids: torch.Tensor  # [B, T] a tree in each line, padded at the right
     positions: torch.Tensor  # [B, T]
-    ends: torch.Tensor | None  # [B, T] as in Tree; None: no tree branches, attention is plain causal
+    ends: torch.Tensor | None  # [B, T] as in Tree; None: no tree branches, so attention is causal
     source: torch.Tensor  # [N] which of the B * T hidden states predicts a trained token; one may serve several rows
     targets: torch.Tensor  # [N] the trained tokens
-    advantages: torch.Tensor  # [N] in float64, like all below: the loss rounds to its own precision
+    advantages: torch.Tensor  # [N] in float64, as the next two: the loss rounds to its precision
     weights: torch.Tensor  # [N] with the token normaliser they sum to 1 over all packs of a batch
     behavior_logps: torch.Tensor  # [N]
     episodes: torch.Tensor  # [N] which episode a token is of
@@ -262,16 +303,19 @@ class Pack:
     ref_logps: torch.Tensor | None = None  # [N]
 
 
-def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | str = "cpu", rank: int = 0, world: int = 1) -> list[Pack]:
-    """Fold rows into trees, and lay trees of about one size side by side. Of `world` processes, this one gets its share.
+def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | str = "cpu",
+               rank: int = 0, world: int = 1) -> list[Pack]:
+    """Fold rows into trees, and lay trees of about one size side by side.
 
-    Trees side by side have at most `pack_tokens` tokens. A tree alone may have more: to cut it is to compute the prefix of its
-    rows twice. A sequence that has one ratio for all its tokens is never cut.
+    Trees side by side have at most `pack_tokens` tokens. A tree alone may have more: whoever cuts
+    it computes its prefix twice. A sequence that has one ratio for all its tokens is never cut.
+    All processes of a run lay out the same packs; each makes tensors only for its own.
     """
     sequences = defaultdict(list)
     for number, (row, weights) in enumerate(zip(rows, token_weights(rows, config))):
         sequences[row.episode if config.sequence_ratio else number].append((row, weights))
-    trees = _fold(sorted(sequences.values(), key=lambda s: s[0][0].inputs))  # neighbours begin alike
+    ordered = sorted(sequences.values(), key=lambda s: s[0][0].inputs)  # neighbours begin alike
+    trees = _fold(ordered)
     packs: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda t: len(t.ids)):
         if packs and _fits(tree, packs[-1], config.pack_tokens):
@@ -288,9 +332,9 @@ def _cost(tokens: int) -> float:
 def _fold(sequences: list[list[tuple[Row, list[float]]]]) -> list[Tree]:
     """Trees of neighbouring sequences, cut where all of them together cost least: the best cut before each is found in turn.
 
-    This bounds a tree, too. The more rows share a prefix, the more of them look past one another,
-    and a prefix is not worth more than that: no tree has more than three times the tokens of its
-    longest row, and DENSE more.
+    This also bounds their size. Attention compares each token of a tree with all others, so a
+    large tree costs more than a second copy of the prefix. No tree has more tokens than three
+    times its longest sequence, plus DENSE; an attention mask has the square of that.
     """
     tokens = np.cumsum([0] + [len(_tree([s]).ids) for s in sequences])
     shared = np.cumsum([0, 0] + [_common_prefix(a[0][0].inputs, b[0][0].inputs) for a, b in pairwise(sequences)])
@@ -342,12 +386,16 @@ def _pack(trees: list[Tree], device: torch.device | str) -> Pack:
             advantages += row.advantages
             weights += row_weights
             logps += row.logps
-    whole = [torch.tensor(x, device=device) for x in (source, targets, episodes)]
-    real = [torch.tensor(x, dtype=torch.float64, device=device) for x in (advantages, weights, logps)]
-    source, targets, episodes = whole
-    advantages, weights, logps = real
-    ends = ends.to(device) if any(tree.branches for tree in trees) else None
-    return Pack(ids.to(device), positions.to(device), ends, source, targets, advantages, weights, logps, episodes)
+
+    def column(values: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return Pack(
+        ids=ids.to(device), positions=positions.to(device),
+        ends=ends.to(device) if any(tree.branches for tree in trees) else None,
+        source=column(source, torch.long), targets=column(targets, torch.long),
+        advantages=column(advantages, torch.float64), weights=column(weights, torch.float64),
+        behavior_logps=column(logps, torch.float64), episodes=column(episodes, torch.long))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,25 +405,27 @@ def _pack(trees: list[Tree], device: torch.device | str) -> Pack:
 def hidden_states(model, pack: Pack) -> torch.Tensor:
     """The last hidden state [N, D] before each trained token. The gradients of all rows that share a token meet in it."""
     mask = attention_mask(pack, next(model.parameters()).dtype)
-    states = model.base_model(input_ids=pack.ids, position_ids=pack.positions, attention_mask=mask, use_cache=False)
+    states = model.base_model(input_ids=pack.ids, position_ids=pack.positions,
+                              attention_mask=mask, use_cache=False)
     # Not states[source], although that is what it is: its backward pass adds up in another order each time.
     return torch.nn.functional.embedding(pack.source, states.last_hidden_state.flatten(0, 1))
 
 
 def attention_mask(pack: Pack, dtype: torch.dtype) -> torch.Tensor | None:
-    """[B, 1, T, T]: 0 where a token attends to another, -inf elsewhere. None: to all before it.
+    """[B, 1, T, T]: 0 where a token attends to another, else -inf. None: to all that precede it.
 
-    All layers share it. Of a boolean mask, attention would make such a one in each layer, and
-    keep it for the backward pass.
+    All layers share this mask. From a boolean one, attention makes such a mask in each layer, and
+    keeps it for the backward pass.
     """
     if pack.ends is None:
         return None
     lines, width = pack.ids.shape
-    place = torch.arange(width, device=pack.ids.device)
-    attends = (place <= place[:, None]) & (place[:, None] < pack.ends[:, None, None, :])  # [B, 1, T, T]
+    key = torch.arange(width, device=pack.ids.device)  # [T]
+    query = key[:, None]  # [T, 1]
+    attends = (key <= query) & (query < pack.ends[:, None, None, :])  # [B, 1, T, T]
     # A GPU wants lines that begin at multiples of 8 numbers, or copies the mask in each layer.
     aligned = -(-width // 8) * 8
-    mask = torch.full((lines, 1, width, aligned), -math.inf, dtype=dtype, device=place.device)
+    mask = torch.full((lines, 1, width, aligned), -math.inf, dtype=dtype, device=key.device)
     return mask[..., :width].masked_fill_(attends, 0.0)
 
 
@@ -450,13 +500,14 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
 
     Ratios are to the policy before the first epoch, whose log-probs are this function's own first ones: the engine's may
     come from another precision. A gradient that is not finite is not applied: it would stay in Adam's averages for ever.
-    `skipped` counts these; the rest of the report is of the last epoch. Of several processes each is given all rows: so every
-    normaliser is that of the whole batch, and who rolled an episode out does not matter here.
+    `skipped` counts these; the rest of the report is of the last epoch. `largest_pack`: tokens, padding included. Of several
+    processes each is given all rows: so every normaliser is that of the whole batch, and who rolled an episode out does not
+    matter here.
     """
-    rank, world = ranks()
-    packs = make_packs(rows, config, next(model.parameters()).device, rank, world)  # this process may have none
-    report = {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan, "grad_norm": 0.0,
-              "largest_pack": 0, "skipped": 0}
+    device = next(model.parameters()).device
+    packs = make_packs(rows, config, device, *ranks())  # this process may have none
+    report = {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan,
+              "largest_pack": 0, "grad_norm": 0.0, "skipped": 0}
     if reference is not None and config.kl_coef:
         for pack in packs:
             pack.ref_logps = pack_logps(reference, pack, temperature)
@@ -490,7 +541,8 @@ def _report(packs: list[Pack], results: list) -> dict[str, float]:
     logps, entropy, ratio, clipped, behavior_logps = torch.cat(columns, dim=1)
     gap = logps - behavior_logps  # log(policy now / policy that sampled)
     return {"loss": sum(losses), "entropy": entropy.nanmean().item(), "ratio_max": ratio.nan_to_num(1.0).max().item(),
-            "clipped": clipped.nanmean().item(), "kl": (gap.exp() - gap - 1).nanmean().item(), "largest_pack": max(sizes)}
+            "clipped": clipped.nanmean().item(), "kl": (gap.exp() - gap - 1).nanmean().item(),
+            "largest_pack": max(sizes)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

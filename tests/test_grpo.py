@@ -51,6 +51,16 @@ def tiny(seed=0, dtype=torch.float64, vocab=V):
     return LlamaForCausalLM(config).to(dtype)
 
 
+def exact(seed=0):
+    """`tiny` in float64 everywhere: the norms of transformers compute in float32 at most."""
+    model = tiny(seed)
+    for layer in model.model.layers:
+        layer.input_layernorm = torch.nn.RMSNorm(16, 1e-6, dtype=torch.float64)
+        layer.post_attention_layernorm = torch.nn.RMSNorm(16, 1e-6, dtype=torch.float64)
+    model.model.norm = torch.nn.RMSNorm(16, 1e-6, dtype=torch.float64)
+    return model
+
+
 def segment(ids, sampled, turn=None, logps=None):
     sampled = [bool(s) for s in sampled]
     return SimpleNamespace(ids=list(ids), sampled=sampled, turn=turn or [0] * len(sampled),
@@ -304,9 +314,9 @@ def test_contract_03_the_gradient_reaches_a_logit_iff_its_token_was_sampled():
 
 @pytest.mark.parametrize("options", [{"kl_coef": 0.5}, {"entropy_coef": 0.5}], ids=str)
 def test_contract_03_kl_and_entropy_reach_every_sampled_token(options):
-    """They skipped groups of equal rewards, so regularisation faded as the policy got better: 2 of 20 episodes were in the loss.
+    """They skipped groups of equal rewards, so regularisation faded as the policy got better.
 
-    Oracle: all tokens by hand, the normaliser counts them all. An episode that failed stays out even so.
+    Oracle: all sampled tokens by hand, and all count in the normaliser. Failed episodes stay out.
     """
     model, reference, config = tiny(), tiny(1), GRPOConfig(max_grad_norm=1e9, epochs=1, **options)
     episodes = batch(3, groups=5)
@@ -315,7 +325,8 @@ def test_contract_03_kl_and_entropy_reach_every_sampled_token(options):
     episodes[-1].finish = "error"
     rows, values, groups = make_rows(episodes, config)
     sampled = [sum(map(sum, (s.sampled for s in e.segments))) for e in episodes[:-1]]
-    assert sum(len(r.trained) for r in rows) == sum(sampled) and groups == {"no_signal": pytest.approx(0.8)}
+    assert sum(len(r.trained) for r in rows) == sum(sampled)
+    assert groups == {"no_signal": pytest.approx(0.8)}
     assert values[4:] == [0.0] * 16 and {r.episode for r in rows} == set(range(19))
 
     expected = 0.0
@@ -327,7 +338,8 @@ def test_contract_03_kl_and_entropy_reach_every_sampled_token(options):
                 now, gap = log_p[p - 1], (other - log_p)[p - 1, s.ids[p]]
                 kl, entropy = gap.exp() - gap - 1, -(now.exp() * now).sum()
                 policy = a * (now[s.ids[p]] - now[s.ids[p]].detach()).exp()
-                expected = expected - (policy - config.kl_coef * kl + config.entropy_coef * entropy) / sum(sampled)
+                token_loss = -policy + config.kl_coef * kl - config.entropy_coef * entropy
+                expected = expected + token_loss / sum(sampled)
     watch = Watch(model)
     report = update(model, watch, rows, config, reference=reference)
     assert report["loss"] == pytest.approx(expected.item(), rel=1e-6)
@@ -449,6 +461,30 @@ def test_contract_06_split_segments_give_the_same_gradient():
     assert close(grads[1][0], grads[0][0])
 
 
+@pytest.mark.parametrize("pack_tokens", [1, 60, 10**6])
+@pytest.mark.parametrize("options", [{"normaliser": "token"}, {"normaliser": "episode"},
+                                     {"normaliser": "constant", "negative_weight": 0.1},
+                                     {"eps_low": 0.05, "eps_high": 0.4}], ids=str)
+def test_contract_13_the_packed_update_is_the_plain_loss(options, pack_tokens):
+    """Loss and gradient in float64, at a temperature other than 1; tokens are clipped on both sides.
+
+    Packs held advantages, weights and log-probs in float32: the two differed in the eighth digit.
+    """
+    model, config = exact(), GRPOConfig(pack_tokens=pack_tokens, **options)
+    rows, _, _ = make_rows(batch(19, model=model, noise=0.5), config)
+    loss, packed, clipped = 0.0, 0.0, []
+    for pack in make_packs(rows, config):
+        pack.old_logps = pack.behavior_logps
+        share, stats = loss_of(model, pack, config, 0.9)
+        loss, packed = loss + share.item(), packed + gradient(share, model)
+        clipped += stats.clipped.tolist()
+    plain = grpo.plain_loss(model, rows, config, 0.9)
+    assert 0.1 < np.mean(clipped) < 0.9
+    assert {a < 0 for row in rows for a in row.advantages} == {True, False}
+    assert loss == pytest.approx(plain.item(), rel=1e-9, abs=1e-9)
+    assert close(packed, gradient(plain, model), 1e-9)
+
+
 def test_packed_rows_have_the_hidden_states_and_gradients_of_rows_alone():
     """Rows that part late, early, at once, and one that ends inside another: each is computed as if it were alone.
 
@@ -488,9 +524,11 @@ def test_packs_are_bounded_keep_episodes_whole_and_share_prefixes():
 
 def test_a_tree_folds_what_is_the_same_and_shows_each_token_its_own_past():
     """By hand: two rows that part, one inside another, one that is there twice; what follows the last trained token stays out."""
-    rows = [Row(ids, [min(3, len(ids) - 1)], [1.0], [0.0], 0) for ids in ([1, 2, 3, 0, 5], [1, 2, 0], [1, 4, 3, 0], [1, 2, 3, 6])]
+    texts = [1, 2, 3, 0, 5], [1, 2, 0], [1, 4, 3, 0], [1, 2, 3, 6]
+    rows = [Row(ids, [min(3, len(ids) - 1)], [1.0], [0.0], 0) for ids in texts]
     tree = grpo._tree([[(row, [1.0])] for row in rows])
-    assert (tree.ids, tree.positions, tree.ends) == ([1, 2, 3, 4, 3], [0, 1, 2, 1, 2], [5, 3, 3, 5, 5])
+    assert (tree.ids, tree.positions) == ([1, 2, 3, 4, 3], [0, 1, 2, 1, 2])
+    assert tree.ends == [5, 3, 3, 5, 5]
     assert [nodes for *_, nodes in tree.rows] == [[0, 1], [0, 1, 2], [0, 1, 2], [0, 3, 4]]
     mask = grpo.attention_mask(grpo._pack([tree], "cpu"), torch.float32)
     attends = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
@@ -499,34 +537,38 @@ def test_a_tree_folds_what_is_the_same_and_shows_each_token_its_own_past():
 
 
 def test_a_tree_of_unsorted_rows_shares_less_but_is_right():
-    """A row of which only the first token is shared with the one before it begins anew there, and attends to its own past alone."""
+    """A row is compared with the one before it only; it still attends to its own past alone."""
     tree = Tree()
     for ids in ([1, 2, 3, 0], [1, 4, 0], [1, 2, 5, 0]):
         tree.add(Row(ids, [len(ids) - 1], [1.0], [0.0], 0), [1.0])
-    assert (tree.ids, tree.positions, tree.ends) == ([1, 2, 3, 4, 2, 5], [0, 1, 2, 1, 1, 2], [6, 3, 3, 4, 6, 6])
+    assert (tree.ids, tree.positions) == ([1, 2, 3, 4, 2, 5], [0, 1, 2, 1, 1, 2])
+    assert tree.ends == [6, 3, 3, 4, 6, 6]
 
 
 def random_rows(*lengths, prefix=()):
-    """Rows of random tokens behind a common prefix, where they part. What is not in the prefix is trained."""
+    """Rows of random tokens behind a common prefix, where they part; these tokens are trained."""
     rows = []
     for number, length in enumerate(lengths):
         rng = Random(number)
         ids = [*prefix, number % V, *(rng.randrange(V) for _ in range(length - 1))]
         trained = list(range(max(1, len(prefix)), len(ids)))
-        rows.append(Row(ids, trained, [1.0 - 2 * (number % 2)] * len(trained), [-1.0] * len(trained), number))
+        advantages = [1.0 - 2 * (number % 2)] * len(trained)
+        rows.append(Row(ids, trained, advantages, [-1.0] * len(trained), number))
     return rows
 
 
-PADDED = {"no tree branches": random_rows(600, 605, 610),
-          "both trees branch": random_rows(50, 60, prefix=[1] * 600) + random_rows(50, 65, prefix=[2] * 600)}
+PADDED = {
+    "no tree branches": random_rows(600, 605, 610),
+    "both trees branch": [*random_rows(50, 60, prefix=[1] * 600),
+                          *random_rows(50, 65, prefix=[2] * 600)]}
 
 
 @pytest.mark.parametrize("case", PADDED)
 def test_packs_have_the_hidden_states_of_the_plain_model(case):
-    """Lines that are padded, longer than a block of the attention kernel, with branches and without.
+    """Padded lines that are longer than a block of the attention kernel, with branches and without.
 
-    Without, attention is told to be causal and gets no mask. A model of transformers makes a mask of
-    its own then, if positions start again, as those of padding did.
+    Without branches attention is told to be causal, and gets no mask. If positions start again, as
+    they did in padding, transformers takes a line for several rows and makes a mask all the same.
     """
     model, masks = tiny(), []
     rows = [replace(row, episode=number) for number, row in enumerate(PADDED[case])]
@@ -544,21 +586,26 @@ def test_packs_have_the_hidden_states_of_the_plain_model(case):
     assert [mask is None for mask in masks] == [pack.ends is None] * 2
     for row in rows:
         expected = model.base_model(input_ids=torch.tensor([row.ids])).last_hidden_state[0]
-        assert (hidden[pack.episodes == row.episode] - expected[torch.tensor(row.trained) - 1]).abs().max() < 1e-9
+        own = hidden[pack.episodes == row.episode]
+        assert (own - expected[torch.tensor(row.trained) - 1]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_all_layers_share_one_mask(dtype):
-    """Numbers, not booleans: of these, attention makes numbers in each layer, and keeps them for the backward pass.
+    """A mask of numbers. From booleans, attention makes one in each layer, and keeps it.
 
-    On a GPU it copies even numbers, if lines do not begin at multiples of 8 of them.
+    On a GPU it also copies a mask whose lines do not begin at multiples of 8 numbers.
     """
     model, seen = tiny(dtype=dtype), []
     [pack] = make_packs(random_rows(13, 14, prefix=[1] * 30), GRPOConfig())
-    handles = [layer.register_forward_pre_hook(lambda m, args, options: seen.append(options["attention_mask"]), with_kwargs=True)
-               for layer in model.model.layers]
+
+    def look(layer, args, options):
+        seen.append(options["attention_mask"])
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(look, with_kwargs=True)
     hidden_states(model, pack)
-    assert len(seen) == len(handles) == 2 and seen[0] is seen[1]
+    assert len(seen) == 2 and seen[0] is seen[1]
     assert seen[0].dtype == dtype and seen[0].stride(2) % 8 == 0 and seen[0].shape[-1] % 8
 
 
@@ -575,26 +622,29 @@ def test_each_process_builds_its_own_packs():
 
 @pytest.mark.parametrize("pack_tokens", [1, 2048, 10**6])
 def test_a_shared_prefix_is_never_computed_twice_because_of_the_limit(pack_tokens):
-    """Eight attempts at a prompt of 2,000 tokens, 200 each: with a limit of 2,048 the prompt was computed eight times."""
-    rows, config = random_rows(*[200] * 8, prefix=[1] * 2000), GRPOConfig(pack_tokens=pack_tokens, epochs=1)
+    """Eight attempts at a prompt of 2,000 tokens: a limit of 2,048 had it computed eight times."""
+    rows = random_rows(*[200] * 8, prefix=[1] * 2000)
+    config = GRPOConfig(pack_tokens=pack_tokens, epochs=1)
     assert sum(pack.ids.numel() for pack in make_packs(rows, config)) == 2000 + 8 * 199 == 3592
     if pack_tokens == 1:
         assert update(model := tiny(), Watch(model), rows, config)["largest_pack"] == 3592
 
 
 def test_a_tree_is_bounded_by_its_longest_row():
-    """Any number of rows may share a prefix. What they would cost by looking past one another keeps trees small:
-    under 3 times the longest row and DENSE more, in whatever way rows share."""
+    """Any number of rows may share a prefix, in whatever way. Attention in a large tree costs more
+    than a second copy of the prefix, so trees stay under 3 times the longest row plus DENSE."""
     rng, largest = Random(2), 0
     for _ in range(40):
         rows, stems = [], [[]]
         for number in range(rng.choice([30, 200])):
             stem = rng.choice(stems)
-            ids = stem[: rng.randint(0, len(stem))] + [rng.randrange(V) for _ in range(rng.choice([1, 10, 60]))]
+            own = [rng.randrange(V) for _ in range(rng.choice([1, 10, 60]))]
+            ids = stem[: rng.randint(0, len(stem))] + own
             stems.append(ids)
             rows.append(Row([*ids, 0], [len(ids)], [1.0], [0.0], number))
         rows += random_rows(*[2] * 300, prefix=[V] * rng.choice([100, 400]))
-        for tree in grpo._fold(sorted(([(row, [1.0] * len(row.trained))] for row in rows), key=lambda s: s[0][0].inputs)):
+        rows.sort(key=lambda row: row.inputs)
+        for tree in grpo._fold([[(row, [1.0] * len(row.trained))] for row in rows]):
             longest = max(len(row.inputs) for row, *_ in tree.rows)
             assert len(tree.ids) <= 3 * longest + grpo.DENSE
             largest = max(largest, len(tree.ids) / longest)
@@ -634,17 +684,13 @@ def test_rows_are_cut_into_trees_where_that_costs_least():
 
 # ---- The published algorithms, end to end --------------------------------------------------------------------------------------
 
-def clipped_term(low, high):
-    return lambda logp, a, old: -torch.minimum((logp - old).exp() * a, (logp - old).exp().clamp(1 - low, 1 + high) * a)
-
-
 @pytest.mark.parametrize("options", [{"divide_by_std": True, "normaliser": "episode", "eps_high": 0.2},  # GRPO
                                      {"normaliser": "constant", "normaliser_tokens": 50},  # Dr. GRPO
                                      {"normaliser": "token"},  # DAPO
                                      {"leave_one_out": True}])  # RLOO
 def test_second_epoch_gradient_is_the_formula(options):
     """Gradient of the second epoch against the papers' formula, ratios to the policy of the first, at temperature 0.7."""
-    model = tiny()
+    model = exact()
     config = GRPOConfig(epochs=2, pack_tokens=60, max_grad_norm=1e9, **options)
     rows, _, _ = make_rows(batch(7), config)
     before = copy.deepcopy(model)
@@ -655,10 +701,8 @@ def test_second_epoch_gradient_is_the_formula(options):
         for r in rows:
             own = logps_of(before, r.ids, 0.7).tolist()
             r.logps = [own[p - 1] for p in r.trained]
-    weights = {id(r): w[0] for r, w in zip(rows, token_weights(rows, config))}
     for at, grad in seen:
-        expected = loss_by_hand(at, rows, lambda r: weights[id(r)], clipped_term(config.eps_low, config.eps_high), 0.7)
-        assert close(grad, gradient(expected, at))
+        assert close(grad, gradient(grpo.plain_loss(at, rows, config, 0.7), at), 1e-9)
     assert report["ratio_max"] > 1.01 and report["clipped"] > 0
 
 
@@ -936,13 +980,17 @@ def test_memory_of_an_update_grows_with_the_own_tokens_of_the_members():
 
 
 def test_memory_of_an_update_is_that_of_one_pack():
-    """Masks of all packs were made before the first was computed: packs times T x T. Now a pack that waits holds a few numbers
-    for each token, and an update of twelve packs needs no more than that of one, these numbers, and the hidden states."""
+    """Masks of all packs were made before the first was computed: packs times T x T.
+
+    A pack that waits holds a few numbers for each token. An update of twelve packs needs what that
+    of one needs, plus these numbers and the hidden states.
+    """
     def needed(pairs):
         rows = [row for pair in range(pairs) for row in random_rows(100, 100, prefix=[pair] * 400)]
         model, config = wide(), GRPOConfig(epochs=1, pack_tokens=600)
-        waiting = [tensor for pack in make_packs(rows, config) for tensor in vars(pack).values() if tensor is not None]
-        assert sum(tensor.nbytes for tensor in waiting) < 8 * 8 * pairs * tokens
+        for pack in make_packs(rows, config):
+            waiting = [tensor for tensor in vars(pack).values() if tensor is not None]
+            assert sum(tensor.nbytes for tensor in waiting) < 8 * 8 * tokens
         return weigh(lambda: update(model, Watch(model), rows, config) and (), cuda=False)
 
     tokens, few, many = 400 + 2 * 99, 1, 12
@@ -950,11 +998,12 @@ def test_memory_of_an_update_is_that_of_one_pack():
 
 
 def test_memory_of_a_layer_does_not_hold_a_mask():
-    """T x T numbers stand in memory once, not in each layer. Everything else that a layer keeps is a line for each token."""
+    """The mask's T x T numbers stand in memory once. What a layer keeps grows with T alone."""
     def needed(layers):
         model = wide(layers=layers)
         rows = random_rows(300, 300, prefix=[1] * 700)
-        return weigh(lambda: update(model, Watch(model), rows, GRPOConfig(epochs=1)) and (), cuda=False)
+        config = GRPOConfig(epochs=1)
+        return weigh(lambda: update(model, Watch(model), rows, config) and (), cuda=False)
 
     assert (needed(6) - needed(2)) / 4 < 0.75 * 4 * (700 + 2 * 299) ** 2
 
