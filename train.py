@@ -473,7 +473,7 @@ def estimate(update_seconds: float, config: Config) -> str:
     """How long a run will take, from the seconds of its first updates. What the rest costs in updates was measured once.
 
     >>> estimate(0.25, resolve(Config()))
-    'on this machine the warm start takes about 2 minutes, the whole run about 6'
+    'on this machine the warm start takes about 3 minutes, the whole run about 6'
     """
     evaluations = 4 * config.eval_tasks * len(config.env)  # before and after, sampled and greedy
     updates = config.warmup_updates + UPDATES_PER_STEP * config.updates + UPDATES_PER_EPISODE * evaluations
