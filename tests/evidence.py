@@ -4,10 +4,12 @@
     python tests/evidence.py runs/1 runs/2 --without runs/4 runs/5    # and of the same without the mechanisms:
     python train.py --seed 1 --env calculator:tool=0 lookup:open=0 maze:map=0 chain:think=0 recall:notes=0 mastermind:feedback=0
 
-A row per environment, success on held-out tasks at temperature 1, all seeds together, with 95 % intervals: acting at random,
-the demonstrator, the model after imitation, after imitating only what succeeded (from the same checkpoint, for as many seconds
-as the run spent on rollouts and updates), after reinforcement learning, the same without the mechanism, and a scripted oracle
-that reads what the policy reads. Runs that are only being scored take seconds, imitation takes minutes. Writes RUN/imitation.json.
+A row per environment: success at temperature 1 on 200 held-out tasks that no setting was chosen on (env.for_final_figures). The
+columns: acting at random, the demonstrator, the model after imitation, after imitating only what succeeded (from the same
+checkpoint, for as many seconds as the run spent on rollouts and updates), after reinforcement learning, the same without the
+mechanism, and a scripted oracle that reads what the policy reads. Scoring takes seconds, imitation minutes. Writes RUN/final.json.
+
+A cell: the mean of all seeds [its 95 % interval over tasks] (each seed's own figure).
 """
 
 import argparse
@@ -76,45 +78,83 @@ RANDOM = {"calculator": random_calculator, "lookup": random_lookup, "maze": rand
 
 
 def scripted(spec: str, policy, tasks: int) -> list[int]:
-    """Successes of policy(environment, seed) -> messages, on the held-out tasks that models are scored on."""
+    """Successes of policy(environment, seed) -> messages, on the tasks that models are scored on."""
     factory, successes = make_env(spec), []
-    for seed in islice(seeds(factory, evaluation=True), tasks):
+    for seed in islice(seeds(factory, evaluation=True, final=True), tasks):
         environment = factory()
         environment.reset(seed)
         successes.append(int(play((environment, seed), policy(environment, seed), max_turns=50).success))
     return successes
 
 
-def imitate_right_ones(run: Path) -> dict:
-    """Scores of the run's warm start after imitating only demonstrations that succeeded, other ones than it was warmed up with."""
-    if (run / "imitation.json").exists():
-        return json.loads((run / "imitation.json").read_text())
-    spent = json.loads((run / "summary.json").read_text())["seconds"]
+def fixed_policies(spec: str) -> dict:
+    """{column: policy} of those that learn nothing."""
+
+    def at_random(environment, seed):
+        return perform(environment, seed, lambda task: RANDOM[spec](task, Random(seed)))
+
+    def demonstrate(environment, seed):
+        return demonstrator(make_env(spec))(environment, Random(seed))
+
+    def oracle(environment, seed):
+        return perform(environment, seed, ORACLES[spec])
+
+    return {"at random": at_random, "demonstrator": demonstrate, "oracle": oracle}
+
+
+# ---- what was learned ----
+
+LEARNED = ("imitation", "imitation of right ones", "reinforcement learning")
+
+
+def final_scores(run: Path, what: str) -> dict[str, list[int]]:
+    """{environment without its options: successes} of one of LEARNED; kept in RUN/final.json."""
+    path = run / "final.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if what not in kept:
+        kept[what] = score(run, what)
+        path.write_text(json.dumps(kept))
+    return kept[what]
+
+
+def score(run: Path, what: str) -> dict[str, list[int]]:
     _, config = train.read_run(str(run))
-    factories, checkpoint = train.make_envs(config), run / "checkpoints" / "step-000000"
-    model, tokenizer = train.load_model(config, factories, checkpoint)
+    factories = train.make_envs(config)
+    folder = run / "model" if what == "reinforcement learning" else run / "checkpoints" / "step-000000"
+    model, tokenizer = train.load_model(config, factories, folder)
     chat, engine = train.make_engine(model, tokenizer, config)
+    if what == "imitation of right ones":
+        imitate_right_ones(run, model, chat, factories, config)
+    scores = train.evaluate(engine, chat, factories, config, final=True)
+    return {spec.partition(":")[0]: of_env["sampled"] for spec, of_env in scores.items()}
+
+
+def imitate_right_ones(run: Path, model, chat, factories: dict, config: train.Config) -> None:
+    """Imitate only demonstrations that succeeded, other ones than the run was warmed up with."""
+    spent = json.loads((run / "summary.json").read_text())["seconds"]
     # As many updates as the time should allow, so that the learning rate comes down.
     seconds = spent["rollouts"] + spent["update"]
     options = replace(config, warmup_steps=max(1, int(config.warmup_steps * seconds / spent["warm start"])), seed=config.seed + 1000)
     train.imitate(model, chat, factories, options, keep=lambda episode: episode.success, seconds=seconds)
-    scores = train.evaluate(engine, chat, factories, config)
-    (run / "imitation.json").write_text(json.dumps(scores))
-    return scores
 
 
-def cell(successes: list[int]) -> str:
-    low, high = train.interval(successes)
-    return f"{train.rate(successes):.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+def cell(runs: list[list[int]]) -> str:
+    """Mean success of the runs, its 95 % interval, and each run's own figure.
 
+    The runs are scored on the same tasks. So the interval is over tasks, each with its mean over the runs: it says how
+    far other tasks may move the figure. How far other seeds may move it, the runs' own figures say.
 
-def trained(runs: list[Path], key: str) -> dict[str, list[int]]:
-    """{environment without its options: successes of all runs}"""
-    pooled: dict[str, list[int]] = {}
-    for run in runs:
-        for spec, scores in json.loads((run / "scores.json").read_text())[key].items():
-            pooled.setdefault(spec.partition(":")[0], []).extend(scores["sampled"])
-    return pooled
+    >>> cell([[1, 1, 0, 1], [1, 0, 0, 1]])
+    '62.5% [21.9, 90.8] (75.0%, 50.0%)'
+    """
+    if not runs:
+        return "not run"
+    of_task = [sum(outcomes) / len(runs) for outcomes in zip(*runs, strict=True)]
+    low, high = train.interval(of_task)
+    text = f"{train.rate(of_task):.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+    if len(runs) == 1:
+        return text
+    return text + " (" + ", ".join(f"{train.rate(run):.1%}" for run in runs) + ")"
 
 
 def main() -> None:
@@ -122,26 +162,19 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--without", nargs="*", type=Path, default=[], help="runs without the mechanisms")
     options = parser.parse_args()
-    missing = [str(run) for run in options.runs + options.without if not (run / "scores.json").exists()]
+    missing = [str(run) for run in options.runs + options.without if not (run / "summary.json").exists()]
     if missing:
         print(f"evidence.py: not a finished run: {', '.join(missing)}", file=sys.stderr)
         sys.exit(2)
-    before, after, without = trained(options.runs, "before"), trained(options.runs, "after"), trained(options.without, "after")
-    imitation: dict[str, list[int]] = {}
-    for run in options.runs:
-        for spec, scores in imitate_right_ones(run).items():
-            imitation.setdefault(spec, []).extend(scores["sampled"])
-    columns = ("environment", "at random", "demonstrator", "imitation", "imitation of right ones", "reinforcement learning",
-               "without the mechanism", "oracle")
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for spec in after:
-        tasks = len(after[spec])
-        fixed = [scripted(spec, policy, tasks) for policy in (
-            lambda e, seed, spec=spec: perform(e, seed, lambda task: RANDOM[spec](task, Random(seed))),
-            lambda e, seed, spec=spec: demonstrator(make_env(spec))(e, Random(seed)),
-            lambda e, seed, spec=spec: perform(e, seed, ORACLES[spec]))]
-        row = [fixed[0], fixed[1], before[spec], imitation[spec], after[spec], without.get(spec), fixed[2]]
-        print(f"| {spec} | " + " | ".join(cell(successes) if successes else "not run" for successes in row) + " |", flush=True)
+    learned = {what: [final_scores(run, what) for run in options.runs] for what in LEARNED}
+    learned["without the mechanism"] = [final_scores(run, "reinforcement learning") for run in options.without]
+    columns = ("at random", "demonstrator", *learned, "oracle")
+    print("| environment | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for spec, successes in learned["reinforcement learning"][0].items():
+        cells = {what: cell([run[spec] for run in runs if spec in run]) for what, runs in learned.items()}
+        for what, policy in fixed_policies(spec).items():
+            cells[what] = cell([scripted(spec, policy, len(successes))])
+        print(f"| {spec} | " + " | ".join(cells[what] for what in columns) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,18 @@ import pytest
 
 import env
 from agent import Agent, Chat, Script, small_tokenizer
-from env import ENVIRONMENTS, EnvError, check_env, demonstrator, held_out, make_env, seeds, task_hash
+from env import (
+    ENVIRONMENTS,
+    EnvError,
+    check_env,
+    demonstrator,
+    for_final_figures,
+    held_out,
+    make_env,
+    seeds,
+    task_hash,
+    tasks_of,
+)
 from tools import tools_of
 
 HERE = pathlib.Path(env.__file__).parent
@@ -53,8 +64,20 @@ def test_seeds_begin_where_they_are_told():
     factory = make_env("calculator")
     first = list(itertools.islice(seeds(factory, evaluation=False), 20))
     assert list(itertools.islice(seeds(factory, evaluation=False, start=first[7]), 13)) == first[7:]
-    both = sorted([*first, *itertools.takewhile(lambda s: s <= first[-1], seeds(factory, evaluation=True))])
-    assert both == list(range(first[-1] + 1)), "each seed is on one side"
+    others = [seeds(factory, evaluation=True, final=final) for final in (False, True)]
+    upto = [itertools.takewhile(lambda s: s <= first[-1], side) for side in others]
+    assert sorted([*first, *itertools.chain(*upto)]) == list(range(first[-1] + 1)), "each seed is on one side"
+
+
+def test_final_figures_are_of_tasks_that_nothing_was_chosen_on():
+    """Half of those held out. Settings were chosen on the very tasks that the evidence was of."""
+    factory = make_env("calculator")
+    sides = {}
+    for final in (False, True):
+        sides[final] = [task for _, task in itertools.islice(tasks_of(factory, evaluation=True, final=final), 100)]
+    assert all(map(held_out, sides[False] + sides[True])) and not {*sides[False]} & {*sides[True]}
+    share = sum(for_final_figures(task) for task in map(factory().reset, range(2000))) / 2000
+    assert 0.08 < share < 0.12
 
 
 def test_the_same_seed_gives_the_same_task_in_every_process():
