@@ -7,7 +7,7 @@ is the token stream itself. It only ever grows: by ids the policy sampled, or by
 returned). Which of the two a token is, is noted where the token is chosen (`Segment.sampled`), never worked out afterwards.
 
 Left out: streaming, images, tool-choice modes, several agents in one episode, any language of graphs. A workflow of your
-own is a Python function: call `start`, `query`, `act`, `observe` in your own loops and ifs, then `close`.
+own is an `async def` function: call `start`, `query`, `act`, `observe` in your own loops and ifs, then `close`.
 
 Takes an LLM (rollout.py's engine; any object with `generate`), a tokenizer and an environment (env.py); gives an Episode
 (to grpo.py). `python agent.py` prints one episode token by token. Lift it together with tools.py and memory.py.
@@ -16,18 +16,18 @@ Takes an LLM (rollout.py's engine; any object with `generate`), a tokenizer and 
 import asyncio
 import json
 import re
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from memory import keep_turns
-from tools import Call, Message, Observation, clip, format_call, parse, run_calls, schema, tools_of
+from tools import Call, Message, Observation, clip, describe, format_call, in_thread, parse, run_calls, schema, tools_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The record
@@ -139,6 +139,7 @@ class Agent:
     """One policy in one environment, one episode at a time: run, step, query, act.
 
     context: tokens one segment may hold, the message being sampled included.
+    tool_timeout: seconds for each tool call, and for each time that the agent looks at the environment.
     """
 
     def __init__(self, llm: LLM, chat: "Chat", *, max_turns: int = 8, max_new_tokens: int = 256, context: int = 4096,
@@ -148,27 +149,27 @@ class Agent:
         self.temperature, self.tool_timeout = temperature, tool_timeout
 
     async def run(self, env, seed: int = 0, rng: Random | None = None) -> Episode:
-        """Play one episode. A failure of the environment itself is noted in it; a failure of the LLM raises."""
+        """Play one episode in an environment, or in the one that the function `env` makes.
+
+        A failure of the environment itself, or of that function, is noted in the episode; a failure of the LLM raises.
+        """
         self.episode = Episode(seed=seed)
         try:
-            self.start(env, seed, rng)
+            await self.start(env, seed, rng)
             while not self.episode.finish:
                 await self.step()
-            return self.close()
+            return await self.close()
         except WorldError as e:  # not the policy's fault: the episode says so, and will leave its group
             self.episode.finish, self.episode.error = "error", str(e)
             return self.episode
 
-    def start(self, env, seed: int = 0, rng: Random | None = None) -> None:
+    async def start(self, env, seed: int = 0, rng: Random | None = None) -> None:
         """Reset the environment and lay down the prompt."""
-        self.env, self.rng, self.episode = env, rng or Random(seed), Episode(seed=seed)
+        self.rng, self.episode = rng or Random(seed), Episode(seed=seed)
         self.cut = False  # was the newest message cut by the length limit?
-        with _world("reset"):
-            self.episode.task = _text(env.reset(seed))
-        self.tools = tools_of(env)
+        self.env, self.episode.task, self.beginning, self.state = await self._ask(_begin, env, seed)
+        self.tools = tools_of(self.env)
         self.schemas = [schema(tool) for tool in self.tools.values()]
-        with _world("beginning"):
-            self.beginning = _text(getattr(env, "beginning", None) or "")
         self._begin(self.episode.task)
         self._open()
 
@@ -185,8 +186,7 @@ class Agent:
             return self._end("length" if self.cut else "max_turns")
         if not self._make_room():
             return self._end("context")
-        with _world("state"):
-            episode.states.append(_text(self.env.state))
+        episode.states.append(self.state)
         out = await self.llm.generate(self.segment.ids, self.max_new_tokens, rng=self.rng, temperature=self.temperature)
         self.segment.extend(out.ids, episode.turns, out.logps)
         self.exchanges.append(list(out.ids))
@@ -208,14 +208,12 @@ class Agent:
         observations = await run_calls(calls, self.tools, timeout=self.tool_timeout)
         if not calls:
             observations = [Observation("error: your message holds no tool call and no answer", True)]
-        with _world("done"):
-            done = bool(self.env.done)
+        before = self.beginning
+        done, self.beginning, self.state = await self._ask(_look, self.env)
         if done:  # nobody would read what came back: the episode ends with the policy's own token
             self.episode.tool_errors += sum(o.error for o in observations)
             took = [getattr(c, "name", "") for c, o in zip(calls, observations) if not o.error]
             return self._end("answered" if "final_answer" in took else "env_done")
-        with _world("beginning"):
-            before, self.beginning = self.beginning, _text(getattr(self.env, "beginning", None) or "")
         if self.beginning != before:
             self.episode.tool_errors += sum(o.error for o in observations)
             return self._begin(self.beginning)
@@ -240,15 +238,9 @@ class Agent:
         else:
             self.full = True  # the turn is complete in `exchanges`; `_make_room` carries it into the next segment
 
-    def close(self) -> Episode:
+    async def close(self) -> Episode:
         """Score the episode."""
-        with _world("get_reward"):
-            reward = float(self.env.get_reward())
-            if not 0 <= reward <= 1:  # NaN too: one of them, and every weight of the model is NaN after the update
-                raise ValueError(f"the reward is {reward}, which is not in [0, 1]")
-        with _world("behaviour"):
-            self.episode.behaviour = {name: float(value) for name, value in getattr(self.env, "behaviour", {}).items()}
-        self.episode.reward = reward
+        self.episode.reward, self.episode.behaviour = await self._ask(_score, self.env)
         self.episode.finish = self.episode.finish or "max_turns"  # a workflow that stopped by itself: its budget, not the task
         return self.episode
 
@@ -294,16 +286,64 @@ class Agent:
         self.episode.finish = finish
 
 
+    async def _ask(self, question: Callable, *arguments) -> Any:
+        """Run code of the environment in a thread, under the time limit: it may take its time, and the other episodes go on.
+
+        `question` says what it asks for before it does, so that a WorldError can name what failed or hung.
+        """
+        asked = ["thread"]
+
+        def answer() -> Any:
+            try:
+                return question(asked.append, *arguments)
+            except BaseException as e:  # sys.exit() too: this thread is the environment's
+                raise WorldError(f"{asked[-1]}: {describe(e)}") from e
+
+        try:
+            return await asyncio.wait_for(in_thread(answer), self.tool_timeout)
+        except TimeoutError:
+            raise WorldError(f"{asked[-1]}: took longer than {self.tool_timeout:g} s") from None
+        except RuntimeError as e:  # the system gives no more threads
+            raise WorldError(f"{asked[-1]}: {describe(e)}") from e
+
+
 class WorldError(Exception):
     """An environment's own code failed, outside any tool call."""
 
 
-@contextmanager
-def _world(where: str):
-    try:
-        yield
-    except Exception as e:
-        raise WorldError(f"{where}: {type(e).__name__}: {e}") from e
+# What an agent asks of an environment. Each question is one visit to a thread, for a visit has its price.
+
+
+def _begin(asking: Callable[[str], None], env, seed: int) -> tuple[Any, str, str, str]:
+    """The environment, made if need be and reset; its task, beginning and state."""
+    asking("constructor")
+    env = env() if callable(env) else env
+    asking("reset")
+    task = _text(env.reset(seed))
+    return env, task, *_situation(asking, env)
+
+
+def _situation(asking: Callable[[str], None], env) -> tuple[str, str]:
+    asking("beginning")
+    beginning = _text(getattr(env, "beginning", None) or "")
+    asking("state")
+    return beginning, _text(env.state)
+
+
+def _look(asking: Callable[[str], None], env) -> tuple[bool, str, str]:
+    """Is the task at its end? If not: its beginning and state."""
+    asking("done")
+    return (True, "", "") if env.done else (False, *_situation(asking, env))
+
+
+def _score(asking: Callable[[str], None], env) -> tuple[float, dict[str, float]]:
+    """Reward and behaviour."""
+    asking("get_reward")
+    reward = float(env.get_reward())
+    if not 0 <= reward <= 1:  # NaN too: one of them, and every weight of the model is NaN after the update
+        raise ValueError(f"the reward is {reward}, which is not in [0, 1]")
+    asking("behaviour")
+    return reward, {name: float(value) for name, value in getattr(env, "behaviour", {}).items()}
 
 
 def _text(value) -> str:
@@ -339,16 +379,20 @@ class Chat:
     own; what a template cannot do (tools, the roles `tool` or `system`) is found out once, here, and said in plain text.
     Not prevented: where a template writes role headers in plain letters (Zephyr's `<|user|>`), text can imitate these.
 
+    stop_ids: tokens that end a message beside those the tokenizer knows of, such as those of a model's generation_config. All
+    of them are then in `chat.stop_ids`, for the engine.
     Raises ValueError if the tokenizer has no chat template, or none that marks the end of a turn.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, stop_ids: Iterable[int] = ()):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: an instruction-tuned model is needed")
         self.tokenizer = tokenizer
-        control = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if len(t.content) > 1 and t.content.strip()}
-        self._control_ids = set(control.values())
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        control = {i: t for i, t in tokenizer.added_tokens_decoder.items() if len(t.content) > 1 and t.content.strip()}
+        self._control_ids = set(control)
+        longest_first = sorted((t.content for t in control.values()), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._normalises = any(t.normalized for t in control.values())  # can other letters become a control token?
         empty = {"type": "object", "properties": {}}
         probe = {"type": "function", "function": {"name": MARK, "description": "", "parameters": empty}}
         user, assistant = {"role": "user", "content": "u"}, {"role": "assistant", "content": MARK}
@@ -364,7 +408,7 @@ class Chat:
         if not ends:
             raise ValueError("the chat template puts no control token behind an assistant's message, so a turn has no end")
         self.end_id, self._end = ends[0], tokenizer.added_tokens_decoder[ends[0]].content
-        self.stop_ids = {self.end_id} | ({tokenizer.eos_token_id} - {None})
+        self.stop_ids = {self.end_id, *stop_ids} | ({tokenizer.eos_token_id} - {None})
 
     def prompt(self, task: str, schemas: list[dict]) -> list[int]:
         """Ids of everything before the first message of the policy: the tools, the task, the header of its turn."""
@@ -396,7 +440,8 @@ class Chat:
         """
         text = text.replace(CUT, "").replace(MARK, "")
         text = self._control.sub(lambda m: m[0][0] + CUT + m[0][1:], text)
-        if self._control_ids.intersection(self._encode(text)):  # two that overlap, or a tokenizer that normalises
+        left = self._control.search(text)  # one that overlapped another
+        if left or self._normalises and self._control_ids.intersection(self._encode(text)):
             text = CUT.join(text)
         return text
 

@@ -29,6 +29,7 @@ import itertools
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -36,13 +37,14 @@ from typing import Protocol
 
 import tools
 from memory import Notes
-from tools import Call, CallError, Search, format_call, parse, run_calls, schema, tools_of
+from tools import Call, CallError, Search, describe, format_call, parse, run_calls, schema, tools_of
 
 
 class Env(Protocol):
     """The seam. A class of yours need not inherit from this; `check_env` says whether it fits.
 
-    One instance plays one task at a time, and instances share nothing. Every public method but `reset` and `get_reward`
+    One instance plays one task at a time, and instances share nothing. The agent loop calls it from threads, one at a time, and
+    gives each call a time limit. Every public method but `reset` and `get_reward`
     is a tool; helpers begin with an underscore. An environment that wants an answer has the tool `final_answer(answer: str)`:
     a message without any call is handed to it. Difficulty is in the constructor's arguments, each with a default.
     """
@@ -684,7 +686,7 @@ def make_env(spec: str) -> Callable[[], Env]:
         try:
             return cls(**options)
         except Exception as e:
-            raise EnvError(f"{spec}: the constructor of {cls.__name__} raised {_line(e)}") from e
+            raise EnvError(f"{spec}: the constructor of {cls.__name__} raised {describe(e)}") from e
 
     return factory
 
@@ -700,15 +702,11 @@ def _from_file(path: Path, cls_name: str) -> type:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         del sys.modules[name]
-        raise EnvError(f"{path} cannot be loaded: {_line(e)}") from e
+        raise EnvError(f"{path} cannot be loaded: {describe(e)}") from e
     classes = {k: v for k, v in vars(module).items() if inspect.isclass(v) and v.__module__ == name}
     if cls_name not in classes:
         raise EnvError(f"{path} has no class '{cls_name}': choose from {', '.join(classes) or 'none'}")
     return classes[cls_name]
-
-
-def _line(e: BaseException) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())
 
 
 def _options(spec: str, cls: type, text: str) -> dict[str, int]:
@@ -762,7 +760,7 @@ def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0, final
         except Exception as e:
             chosen, failed = False, failed + 1
             if failed == 20:
-                raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, at last {_line(e)}") from e
+                raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, at last {describe(e)}") from e
         if chosen:
             yield seed, task
 
@@ -772,20 +770,24 @@ def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0, final: b
     return (seed for seed, _ in tasks_of(factory, evaluation, start, final))
 
 
+CHECK_SECONDS = 10.0  # for each call of an environment's code while it is checked; the agent loop has such a limit, too
+
+
 def check_env(factory: Callable[[], Env]) -> None:
     """Try an environment against the seam. Raises EnvError that names the method and what it returned."""
     a, b = factory(), factory()
-    first, second = (_attempt(env, "reset(0)", lambda env=env: env.reset(0)) for env in (a, b))
+    first, second = _reset(a, 0), _reset(b, 0)
     _want(isinstance(first, str) and first.strip(), a, "reset(seed) must return the task as text", first)
     _want(first == second, a, "reset(0) must return the same task every time", (first, second))
-    others = [_attempt(b, f"reset({seed})", lambda seed=seed: b.reset(seed)) for seed in range(1, 9)]
+    others = [_reset(b, seed) for seed in range(1, 9)]
     _want(any(x != first for x in others), a, "reset(seed) must depend on the seed: of 0 to 8 each gave the same task", first)
     for name, kind in (("state", str), ("done", bool)):
-        value = _attempt(a, name, lambda name=name: getattr(a, name))
+        value = _read(a, name)
         _want(isinstance(value, kind), a, f"{name} must be a property of type {kind.__name__}", value)
-    _want(not a.done, a, "done must be False after reset", a.done)
+    done = _read(a, "done")
+    _want(not done, a, "done must be False after reset", done)
     _check_reward(a)
-    behaviour = _attempt(a, "behaviour", lambda: getattr(a, "behaviour", {}))
+    behaviour = _read(a, "behaviour", {})
     _want(isinstance(behaviour, dict), a, "behaviour must be a property of type dict", behaviour)
     _check_tools(a)
     _check_isolation(a, b)
@@ -797,14 +799,40 @@ def _want(ok: object, env: Env, what: str, got: object) -> None:
 
 
 def _attempt(env: Env, what: str, call: Callable):
-    try:
-        return call()
-    except Exception as e:
-        raise EnvError(f"{type(env).__name__}.{what} raised {_line(e)}") from e
+    """Call a bit of an environment's code, in a thread under a time limit, as the agent loop does."""
+    outcome, what = [], f"{type(env).__name__}.{what}"
+
+    def work() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as e:  # SystemExit too: this thread is the environment's
+            outcome.append((None, e))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(CHECK_SECONDS)
+    if not outcome:
+        raise EnvError(f"{what} took longer than {CHECK_SECONDS:g} s")
+    value, error = outcome[0]
+    if error:
+        raise EnvError(f"{what} raised {describe(error)}") from error
+    return value
+
+
+def _reset(env: Env, seed: int) -> str:
+    return _attempt(env, f"reset({seed})", lambda: env.reset(seed))
+
+
+def _read(env: Env, name: str, *default):
+    return _attempt(env, name, lambda: getattr(env, name, *default))
+
+
+def _get_reward(env: Env) -> float:
+    return _attempt(env, "get_reward()", lambda: env.get_reward())
 
 
 def _check_reward(env: Env) -> None:
-    reward = _attempt(env, "get_reward()", lambda: env.get_reward())
+    reward = _get_reward(env)
     _want(isinstance(reward, (int, float)) and 0 <= reward <= 1, env, "get_reward() must return a number from 0 to 1", reward)
 
 
@@ -821,26 +849,34 @@ def _check_tools(env: Env) -> None:
 
 def _check_isolation(a: Env, b: Env) -> None:
     """Two instances, one of them acted upon: the other must not notice."""
-    task = a.reset(0)
-    b.reset(0)
-    fresh = (b.state, b.done, b.get_reward())
+    task = _reset(a, 0)
+    _reset(b, 0)
+    fresh = _situation(b)
     _use_tools(a)
     _check_reward(a)
-    now = (b.state, b.done, b.get_reward())
+    now = _situation(b)
     _want(now == fresh, a, f"<class>: instances must not share state. One was used, the other was {fresh}", now)
-    again, now = a.reset(0), (a.state, a.done, a.get_reward())
+    again, now = _reset(a, 0), _situation(a)
     _want((again, *now) == (task, *fresh), a, f"reset(seed) must clear the last attempt. It was {(task, *fresh)}", (again, *now))
 
 
+def _situation(env: Env) -> tuple[str, bool, float]:
+    return _read(env, "state"), _read(env, "done"), _get_reward(env)
+
+
 def _use_tools(env: Env) -> None:
-    """Call each tool once, with something of the right type. What it makes of it is its business."""
+    """Call each plain tool once, with something of the right type. What it makes of it is its business, if it does not hang."""
     samples = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
-    for tool in tools_of(env).values():
+    for name, tool in tools_of(env).items():
         parameters = schema(tool)["function"]["parameters"].get("properties", {})
         arguments = {k: p["enum"][0] if "enum" in p else samples.get(str(p.get("type")), "x") for k, p in parameters.items()}
         if not inspect.iscoroutinefunction(tool):
-            with contextlib.suppress(Exception):
-                tool(**arguments)
+            _attempt(env, name, functools.partial(_call, tool, arguments))
+
+
+def _call(tool: Callable, arguments: dict) -> None:
+    with contextlib.suppress(BaseException):  # sys.exit() too
+        tool(**arguments)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -265,6 +265,18 @@ def test_another_stop_token_does_not_take_the_place_of_the_end_token():
     assert episode.success, "nor is it a part of the answer"
 
 
+def test_a_stop_token_that_only_the_model_knows_is_no_part_of_the_answer():
+    """Llama 3 has three, its tokenizer knows one; the others are in generation_config. The answer was `yes<|endoftext|>`, and wrong."""
+    tokenizer = make_tokenizer("chatml")
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert Chat(tokenizer).stop_ids == {tokenizer.eos_token_id}
+    chat = Chat(tokenizer, stop_ids=[other])
+    assert chat.stop_ids == {tokenizer.eos_token_id, other}
+    episode, _ = play(chat, [*spell(tokenizer, format_call("echo", text="hello")), other], [*spell(tokenizer, "yes"), other])
+    assert episode.success and episode.turns == 2
+    assert pieces(chat, episode.segments[0])[2] == ("<|im_end|>" + GOLDEN["chatml"], False), "the turn gets its end from the world"
+
+
 def test_what_is_sampled_needs_a_log_prob_for_each_token():
     """A record with one log-prob too few shifted all the later ones."""
     segment = Segment()
@@ -455,6 +467,71 @@ def test_finish_error_when_the_environment_fails(where):
     assert "failed: " in agent.transcript(episode, TOKENIZERS["chatml"])
 
 
+OWN_CODE = ["constructor", "reset", "beginning", "state", "done", "get_reward", "behaviour"]  # of an environment, beside its tools
+
+
+def desk_that(where, act):
+    """A class of desks that do something when they are asked for one of these."""
+
+    class Odd(Desk):
+        beginning, behaviour = "", {}
+
+        def __init__(self):
+            super().__init__()
+            if where == "constructor":
+                act()
+
+        def __getattribute__(self, name):
+            if name == where:
+                act()
+            return super().__getattribute__(name)
+
+    return Odd
+
+
+@pytest.mark.parametrize("where", OWN_CODE)
+def test_slow_environments_are_slow_at_the_same_time(where):
+    """16 rewards of 0.25 s took 4 s, in the thread of the event loop. Here each waits for the other three, so none may block it."""
+    barrier, chat = threading.Barrier(4), CHATS["chatml"]
+    make = desk_that(where, lambda: barrier.wait(timeout=20))
+
+    async def four():
+        return await asyncio.gather(*(Agent(Policy(say(chat, "yes")), chat, tool_timeout=30).run(make) for _ in range(4)))
+
+    assert all(episode.success for episode in asyncio.run(four()))
+
+
+@pytest.mark.parametrize("where", OWN_CODE)
+def test_an_environment_that_hangs_costs_its_episode_only(where):
+    """A scorer that waited for a server stopped the run for ever."""
+    release = threading.Event()
+    episode, _ = play(CHATS["chatml"], "yes", env=desk_that(where, release.wait), tool_timeout=0.5)
+    release.set()
+    assert (episode.finish, episode.error) == ("error", f"{where}: took longer than 0.5 s")
+
+
+def test_an_environment_that_cannot_be_made_costs_its_episode_only():
+    """A constructor that failed, once in a thousand times, ended the run: it was called before the episode began."""
+
+    def make():
+        raise OSError("no more\ncontainers")
+
+    assert play(CHATS["chatml"], env=make)[0].error == "constructor: OSError: no more containers"
+    assert play(CHATS["chatml"], env=lambda: sys.exit(3))[0].error == "constructor: SystemExit: 3"
+    assert play(CHATS["chatml"], "yes", env=Desk)[0].success
+
+
+def test_no_more_threads_is_an_error_of_the_episode(monkeypatch):
+    """When abandoned ones hold all that the system gives."""
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("tools._thread.start_new_thread", refuse)
+    monkeypatch.setattr("tools._idle", [])
+    assert play(CHATS["chatml"])[0].error == "thread: RuntimeError: can't start new thread"
+
+
 @pytest.mark.parametrize(("where", "value"), [("reset", None), ("reset", b"task"), ("state", 7), ("beginning", ["task"]),
                                               ("behaviour", {"speed": "high"}), ("behaviour", [1])])
 def test_what_is_not_of_the_right_kind_is_an_error_of_the_environment(where, value):
@@ -533,7 +610,7 @@ class Hostile(Desk):
 @pytest.mark.parametrize("way", ["hang", "exit", "bytes", "nan", "flood", "half", "escape", "no such way"])
 def test_contract_08_no_tool_hurts_the_episode(way):
     """It hangs, raises, exits, floods, returns bytes or NaN: an observation, and the episode goes on."""
-    episode, _ = play(CHATS["qwen3"], format_call("bad", way=way), "yes", env=Hostile(), tool_timeout=0.1, context=1500)
+    episode, _ = play(CHATS["qwen3"], format_call("bad", way=way), "yes", env=Hostile(), tool_timeout=1.0, context=1500)
     assert episode.success and episode.turns == 2 and episode.tool_errors == (way in ("hang", "exit", "no such way"))
 
 
@@ -739,7 +816,7 @@ def test_states_and_turns_tell_which_tokens_were_written_where():
 async def ask_twice(llm, chat, env):
     """A workflow of one's own: whatever the first answer is, the policy is asked to think again, and the second one counts."""
     agent = Agent(llm, chat, max_turns=6)
-    agent.start(env, seed=3)
+    await agent.start(env, seed=3)
     first = await agent.query()
     while first and first.calls:
         await agent.act(first)
@@ -747,7 +824,7 @@ async def ask_twice(llm, chat, env):
     agent.observe([Observation("Are you sure? Think again.", error=False)])
     second = await agent.query()
     await agent.act(second)
-    return agent.close()
+    return await agent.close()
 
 
 def test_a_workflow_is_a_python_function():
@@ -764,9 +841,9 @@ def test_a_workflow_that_stops_by_itself_was_truncated():
 
     async def look_once():
         agent = Agent(Policy(say(CHATS["chatml"], format_call("echo", text="a"))), CHATS["chatml"])
-        agent.start(Desk())
+        await agent.start(Desk())
         await agent.step()
-        return agent.close()
+        return await agent.close()
 
     episode = asyncio.run(look_once())
     assert episode.finish == "max_turns" and episode.truncated and episode.reward == 0
@@ -775,7 +852,7 @@ def test_a_workflow_that_stops_by_itself_was_truncated():
 def test_an_observation_needs_a_message_to_answer():
     """Right after `start` it was an IndexError about a list that nobody outside has heard of."""
     agent = Agent(Policy(), CHATS["chatml"])
-    agent.start(Desk())
+    asyncio.run(agent.start(Desk()))
     with pytest.raises(RuntimeError, match="observe answers a message, and there is none yet"):
         agent.observe([Observation("Welcome.", error=False)])
 
@@ -783,7 +860,7 @@ def test_an_observation_needs_a_message_to_answer():
 def test_a_workflow_hears_of_a_failing_environment():
     agent = Agent(Policy(), CHATS["chatml"])
     with pytest.raises(WorldError, match="reset: TypeError"):
-        agent.start(type("Broken", (Desk,), {"reset": lambda self: "x"})())
+        asyncio.run(agent.start(type("Broken", (Desk,), {"reset": lambda self: "x"})()))
 
 
 def test_interleaved_episodes_share_nothing():

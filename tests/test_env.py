@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 from random import Random
 
 import pytest
@@ -295,6 +296,25 @@ def test_check_env_names_the_method_and_what_it_gave(way):
     with pytest.raises(EnvError) as error:
         check_env(cls)
     assert message in str(error.value) and "Mine." in str(error.value) and "\n" not in str(error.value)
+
+
+def hang(self, *_):
+    threading.Event().wait()
+
+
+def look(self) -> str:
+    """Look."""
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("members, what", [
+    ({"look": look}, "look"), ({"reset": hang}, "reset(0)"), ({"get_reward": hang}, "get_reward()"), ({"done": property(hang)}, "done"),
+    ({"state": property(hang)}, "state"), ({"behaviour": property(hang)}, "behaviour")])
+def test_check_env_names_what_hangs(members, what, monkeypatch):
+    """A tool that waited for a server that was not there: the run printed nothing, and did not begin."""
+    monkeypatch.setattr(env, "CHECK_SECONDS", 0.5)
+    with pytest.raises(EnvError, match=re.escape(f"Mine.{what} took longer than 0.5 s")):
+        check_env(type("Mine", (Fine,), members))
 
 
 def test_check_env_uses_every_tool():
