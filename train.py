@@ -309,10 +309,9 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
     if known < len(tokenizer):  # the other way round is common: vocabularies are rounded up
         raise UserError(f"the model knows {known} tokens and its tokenizer has {len(tokenizer)}: they do not belong together")
     try:
-        chat = Chat(tokenizer)
         ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one
-        stops = chat.stop_ids | set(ends if isinstance(ends, list) else [ends]) - {None}
-        return chat, Engine(model, stops, slots=config.slots, context=config.context,
+        chat = Chat(tokenizer, set(ends if isinstance(ends, list) else [ends]) - {None})
+        return chat, Engine(model, chat.stop_ids, slots=config.slots, context=config.context,
                             rejoin_window=config.rejoin_window)
     except ValueError as e:
         raise UserError(str(e)) from e
@@ -346,7 +345,7 @@ def roll_out(llm, chat: Chat, factories: dict, config: Config, tasks: list[tuple
             agent = Agent(llm, chat, max_turns=config.max_turns, max_new_tokens=config.max_new_tokens, context=config.context,
                           temperature=config.temperature if temperature is None else temperature,
                           tool_timeout=config.tool_timeout)
-            episode = await agent.run(factories[spec](), seed, Random(f"{config.seed} {step} {spec} {seed} {member}"))
+            episode = await agent.run(factories[spec], seed, Random(f"{config.seed} {step} {spec} {seed} {member}"))
             episode.env, episode.group, episode.member = spec, group, member
             return episode
 
