@@ -102,7 +102,7 @@ class Config(GRPOConfig):
     model: str = option("", "folder or hub id of a causal language model; empty: a small one is made here")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(11, "updates by reinforcement learning, times the number of environments")
+    steps: int = option(12, "updates by reinforcement learning, times the number of environments")
     tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
     lr: float | None = by_model("lr", "learning rate of these updates; it falls to 0")
