@@ -204,7 +204,7 @@ def train(config: Config) -> None:
         optimizer = torch.optim.AdamW(masters(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
           f"environments {', '.join(factories)}")
-    resolved = (*SMALL_MODEL, "negative_weight", "slots")
+    resolved = (*SMALL_MODEL, "negative_weight", "slots", "rejoin_window")
     print("options: " + ", ".join(f"{name} {getattr(config, name)}" for name in resolved))
 
     # ------------------------------------------------------------------------------------------------------------------
