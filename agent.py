@@ -7,7 +7,7 @@ is the token stream itself. It only ever grows: by ids the policy sampled, or by
 returned). Which of the two a token is, is noted where the token is chosen (`Segment.sampled`), never worked out afterwards.
 
 Left out: streaming, images, tool-choice modes, several agents in one episode, any language of graphs. A workflow of your
-own is an `async def` function: call `start`, `query`, `act`, `observe` in your own loops and ifs, then `close`.
+own is an `async def` function: await `start`, `query`, `act` in your loops and ifs; then `close`.
 
 Takes an LLM (rollout.py's engine; any object with `generate`), a tokenizer and an environment (env.py); gives an Episode
 (to grpo.py). `python agent.py` prints one episode token by token. Lift it together with tools.py and memory.py.
@@ -27,7 +27,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from memory import keep_turns
-from tools import Call, Message, Observation, clip, describe, format_call, in_thread, parse, run_calls, schema, tools_of
+from tools import (Call, Message, Observation, clip, describe, format_call, in_thread, parse,
+                   run_calls, schema, tools_of)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The record
@@ -139,7 +140,7 @@ class Agent:
     """One policy in one environment, one episode at a time: run, step, query, act.
 
     context: tokens one segment may hold, the message being sampled included.
-    tool_timeout: seconds for each tool call, and for each time that the agent looks at the environment.
+    tool_timeout: seconds for a tool call, and for each look at the environment.
     """
 
     def __init__(self, llm: LLM, chat: "Chat", *, max_turns: int = 8, max_new_tokens: int = 256, context: int = 4096,
@@ -151,7 +152,8 @@ class Agent:
     async def run(self, env, seed: int = 0, rng: Random | None = None) -> Episode:
         """Play one episode in an environment, or in the one that the function `env` makes.
 
-        A failure of the environment itself, or of that function, is noted in the episode; a failure of the LLM raises.
+        A failure of the environment itself, or of that function, is noted in the episode.
+        A failure of the LLM raises.
         """
         self.episode = Episode(seed=seed)
         try:
@@ -287,9 +289,9 @@ class Agent:
 
 
     async def _ask(self, question: Callable, *arguments) -> Any:
-        """Run code of the environment in a thread, under the time limit: it may take its time, and the other episodes go on.
+        """Run code of the environment in a thread, under the time limit. Other episodes go on.
 
-        `question` says what it asks for before it does, so that a WorldError can name what failed or hung.
+        `question` says what it asks for before it asks: a WorldError names what failed or hung.
         """
         asked = ["thread"]
 
@@ -299,19 +301,23 @@ class Agent:
             except BaseException as e:  # sys.exit() too: this thread is the environment's
                 raise WorldError(f"{asked[-1]}: {describe(e)}") from e
 
+        future = in_thread(answer)
         try:
-            return await asyncio.wait_for(in_thread(answer), self.tool_timeout)
-        except TimeoutError:
-            raise WorldError(f"{asked[-1]}: took longer than {self.tool_timeout:g} s") from None
+            await asyncio.wait({future}, timeout=self.tool_timeout)
+            if not future.done():
+                raise WorldError(f"{asked[-1]}: took longer than {self.tool_timeout:g} s")
+            return future.result()
         except RuntimeError as e:  # the system gives no more threads
             raise WorldError(f"{asked[-1]}: {describe(e)}") from e
+        finally:
+            future.cancel()  # does nothing to one that is done
 
 
 class WorldError(Exception):
     """An environment's own code failed, outside any tool call."""
 
 
-# What an agent asks of an environment. Each question is one visit to a thread, for a visit has its price.
+# What an agent asks of an environment. What belongs together is one visit to a thread.
 
 
 def _begin(asking: Callable[[str], None], env, seed: int) -> tuple[Any, str, str, str]:
@@ -340,7 +346,8 @@ def _score(asking: Callable[[str], None], env) -> tuple[float, dict[str, float]]
     """Reward and behaviour."""
     asking("get_reward")
     reward = float(env.get_reward())
-    if not 0 <= reward <= 1:  # NaN too: one of them, and every weight of the model is NaN after the update
+    # NaN too: after one of them, an update makes every weight of the model NaN.
+    if not 0 <= reward <= 1:
         raise ValueError(f"the reward is {reward}, which is not in [0, 1]")
     asking("behaviour")
     return reward, {name: float(value) for name, value in getattr(env, "behaviour", {}).items()}
@@ -379,8 +386,8 @@ class Chat:
     own; what a template cannot do (tools, the roles `tool` or `system`) is found out once, here, and said in plain text.
     Not prevented: where a template writes role headers in plain letters (Zephyr's `<|user|>`), text can imitate these.
 
-    stop_ids: tokens that end a message beside those the tokenizer knows of, such as those of a model's generation_config. All
-    of them are then in `chat.stop_ids`, for the engine.
+    stop_ids: tokens that end a message and that the tokenizer does not know of, such as those of a
+    model's generation_config. `chat.stop_ids` then has all that end one, for the engine.
     Raises ValueError if the tokenizer has no chat template, or none that marks the end of a turn.
     """
 
@@ -388,11 +395,13 @@ class Chat:
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: an instruction-tuned model is needed")
         self.tokenizer = tokenizer
-        control = {i: t for i, t in tokenizer.added_tokens_decoder.items() if len(t.content) > 1 and t.content.strip()}
+        added = tokenizer.added_tokens_decoder.items()
+        control = {i: t for i, t in added if len(t.content) > 1 and t.content.strip()}
         self._control_ids = set(control)
         longest_first = sorted((t.content for t in control.values()), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._normalises = any(t.normalized for t in control.values())  # can other letters become a control token?
+        # Can other letters become a control token?
+        self._normalises = any(t.normalized for t in control.values())
         empty = {"type": "object", "properties": {}}
         probe = {"type": "function", "function": {"name": MARK, "description": "", "parameters": empty}}
         user, assistant = {"role": "user", "content": "u"}, {"role": "assistant", "content": MARK}

@@ -43,10 +43,11 @@ from tools import Call, CallError, Search, describe, format_call, parse, run_cal
 class Env(Protocol):
     """The seam. A class of yours need not inherit from this; `check_env` says whether it fits.
 
-    One instance plays one task at a time, and instances share nothing. The agent loop calls it from threads, one at a time, and
-    gives each call a time limit. Every public method but `reset` and `get_reward`
-    is a tool; helpers begin with an underscore. An environment that wants an answer has the tool `final_answer(answer: str)`:
-    a message without any call is handed to it. Difficulty is in the constructor's arguments, each with a default.
+    One instance plays one task at a time, and instances share nothing. The agent loop calls it from
+    threads, one call at a time, each under a time limit. Every public method but `reset` and
+    `get_reward` is a tool; helpers begin with an underscore. An environment that wants an answer has
+    the tool `final_answer(answer: str)`: a message without any call is handed to it. Difficulty is in
+    the constructor's arguments, each with a default.
     """
 
     def reset(self, seed: int) -> str:
@@ -760,7 +761,8 @@ def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0, final
         except Exception as e:
             chosen, failed = False, failed + 1
             if failed == 20:
-                raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, at last {describe(e)}") from e
+                what = f"{type(env).__name__}.reset(seed) raised {failed} times in a row"
+                raise EnvError(f"{what}, at last {describe(e)}") from e
         if chosen:
             yield seed, task
 
@@ -770,7 +772,7 @@ def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0, final: b
     return (seed for seed, _ in tasks_of(factory, evaluation, start, final))
 
 
-CHECK_SECONDS = 10.0  # for each call of an environment's code while it is checked; the agent loop has such a limit, too
+CHECK_SECONDS = 10.0  # for each call of an environment's code while it is checked
 
 
 def check_env(factory: Callable[[], Env]) -> None:
@@ -799,7 +801,7 @@ def _want(ok: object, env: Env, what: str, got: object) -> None:
 
 
 def _attempt(env: Env, what: str, call: Callable):
-    """Call a bit of an environment's code, in a thread under a time limit, as the agent loop does."""
+    """Run a bit of an environment's code in a thread under a time limit, as the agent loop does."""
     outcome, what = [], f"{type(env).__name__}.{what}"
 
     def work() -> None:
@@ -865,7 +867,7 @@ def _situation(env: Env) -> tuple[str, bool, float]:
 
 
 def _use_tools(env: Env) -> None:
-    """Call each plain tool once, with something of the right type. What it makes of it is its business, if it does not hang."""
+    """Call each plain tool once, with something of the right type. It may do anything but hang."""
     samples = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
     for name, tool in tools_of(env).items():
         parameters = schema(tool)["function"]["parameters"].get("properties", {})

@@ -12,10 +12,12 @@ environments share stand at the end: `calculator`, `Search` and `python`.
 Left out: killing. A time limit here abandons a thread, it cannot kill one: it may still change what it holds. A tool that may hang
 for ever or crash the interpreter belongs in a child process, as `python` shows. And an `async def` tool must await, not block.
 
-Threads share one interpreter, and only one of them runs Python at a time (the GIL). Most code lets the others have a turn; a single
-call into C may not. `re.search("(a+)+$", "a" * 40 + "b")` holds the interpreter for hours: nothing else runs, so no time limit is
-noticed. A tool that matches a pattern the policy wrote therefore belongs in a process of its own. `python` shows how: a thread waits
-for the process (`_run_program`), a time limit inside ends it (`_supervise`), and cancelling the call ends it too.
+Threads share one interpreter, and only one of them runs Python at a time (the GIL). Most code lets
+the others have a turn, but a single call into C may not: `re.search("(a+)+$", "a" * 40 + "b")`
+holds the interpreter for hours. Nothing else runs, so nobody notices that its time is over.
+A tool that matches a pattern the policy wrote therefore belongs in a process of its own. `python`
+shows how: a thread waits for the process (`_run_program`), a time limit inside ends it
+(`_supervise`), and so does cancelling the call.
 
 Run it alone: `python tools.py`. Copy it alone: it needs the standard library (SQLite with FTS5) and one helper of transformers.
 """
@@ -301,8 +303,8 @@ async def run_calls(
     Whatever a tool does, its call alone sees it: an exception (SystemExit too) or a result without text is an error observation,
     a call longer than `timeout` seconds is abandoned, a text over `max_chars` loses its middle, calls after the first
     `max_calls` do not run. Plain methods of one object take turns in call order: two moves in a maze must not race.
-    Raises only when it is cancelled itself, or at Ctrl-C. One thing it cannot keep from the others: a plain tool that holds the
-    interpreter (see the top of this file).
+    Raises only when it is cancelled itself, or at Ctrl-C. A plain tool that holds the interpreter
+    does hurt the others: see the top of this file.
 
     >>> calls = [Call("calculator", {"expression": "6*7"}), CallError("not JSON"), Call("calculator", {"expression": "1/0"})]
     >>> [observation.text for observation in asyncio.run(run_calls(calls, {"calculator": calculator}))]
@@ -315,9 +317,11 @@ async def run_calls(
             return _failed(getattr(call, "message", "there is no such tool"))
         function = tools[call.name]
         if inspect.iscoroutinefunction(function):
-            return await _limit(call.name, timeout, lambda: asyncio.ensure_future(_await(function, call.arguments)))
+            coroutine = functools.partial(_await, function, call.arguments)
+            return await _limit(call.name, timeout, lambda: asyncio.ensure_future(coroutine()))
+        work = functools.partial(_observe, functools.partial(function, **call.arguments))
         async with turns[id(getattr(function, "__self__", call))]:
-            return await _limit(call.name, timeout, lambda: in_thread(lambda: _observe(lambda: function(**call.arguments))))
+            return await _limit(call.name, timeout, lambda: in_thread(work))
 
     too_many = CallError(f"only the first {max_calls} calls of a message are run")
     calls = [*calls[:max_calls], *[too_many] * len(calls[max_calls:])]
@@ -325,19 +329,22 @@ async def run_calls(
     return [Observation(clip(observation.text, max_chars), observation.error) for observation in observations]
 
 
-_clock: contextvars.ContextVar[asyncio.Timeout] = contextvars.ContextVar("clock")  # the time limit of the call that runs here
+# The time limit of the call that runs here.
+_clock: contextvars.ContextVar[asyncio.Timeout] = contextvars.ContextVar("clock")
 
 
 async def _limit(name: str, timeout: float, start: Callable[[], asyncio.Future]) -> Observation:
+    """What the future of a call gives, if it does so in time."""
     future = None
     try:
         async with asyncio.timeout(timeout) as clock:
             _clock.set(clock)  # before the start: a task takes over the variables of this moment
             future = start()
-            # Not `await future`: cancelled, that waits for a task that swallows its cancellation, for ever.
+            # Not `await future`: that waits for ever for a task that swallows its cancellation.
             await asyncio.wait({future})
     except TimeoutError:
-        return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
+        if not future.done():  # it is, if only the event loop was late
+            return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
     finally:
         if future:
             future.cancel()  # does nothing to one that is done
@@ -348,9 +355,12 @@ async def _limit(name: str, timeout: float, start: Callable[[], asyncio.Future])
 
 @contextlib.contextmanager
 def untimed() -> Iterator[None]:
-    """For an `async def` tool that must wait for its turn: while it waits in here, the time limit of its call stands still."""
+    """For an `async def` tool that must wait for its turn: `with untimed(): await turn`.
+
+    Meanwhile the time limit of its call stands still.
+    """
     clock = _clock.get(None)
-    if clock is None or clock.when() is None:  # nobody limits this call, or it waits in another place too
+    if clock is None or clock.when() is None:  # no limit, or the call waits in another place too
         yield
         return
     left = clock.when() - asyncio.get_running_loop().time()
@@ -366,7 +376,8 @@ async def _await(function: Callable, arguments: dict) -> Observation:
         raise  # meant for the event loop, in whose thread this is
     except BaseException as error:  # a SystemExit would end the loop, and every other episode with it
         return _failed(error)
-    return await in_thread(lambda: _observe(lambda: result))  # a __str__ that hangs would stop the loop
+    # In a thread: a __str__ that hangs would stop the loop.
+    return await in_thread(lambda: _observe(lambda: result))
 
 
 def _observe(produce: Callable[[], Any]) -> Observation:
@@ -382,10 +393,11 @@ os.register_at_fork(after_in_child=_idle.clear)  # a fork has none of these thre
 
 
 def in_thread(function: Callable[[], Any]) -> asyncio.Future:
-    """Run `function` in a thread. The future gets what it returns or raises (an Exception, but no StopIteration).
+    """Run `function` in a thread. The future gets what it returns, or the Exception it raises.
 
-    Threads are used again: that is four times as quick as starting one. Their number has no limit, so a thread that hangs for
-    ever is not missed, as it would be in a pool. And at exit Python waits for pools and for other threads, but not for these.
+    Threads are used again: that is four times as quick as starting one. Their number has no limit,
+    so a thread that hangs for ever is not missed, as it would be in a pool. And at exit Python
+    waits for pools and for other threads, but not for these.
     """
     future = asyncio.get_running_loop().create_future()
     try:
@@ -393,8 +405,9 @@ def in_thread(function: Callable[[], Any]) -> asyncio.Future:
     except IndexError:
         jobs = queue.SimpleQueue()
         try:
-            _thread.start_new_thread(_work, (jobs,))  # not threading.Thread: its start waits until the thread runs
-        except RuntimeError as error:  # the system gives no more threads, such as when abandoned ones hold them all
+            # Not threading.Thread: its start waits until the thread runs.
+            _thread.start_new_thread(_work, (jobs,))
+        except RuntimeError as error:  # no more threads: abandoned ones may hold them all
             future.set_exception(error)
             return future
     jobs.put((function, future))
@@ -402,11 +415,12 @@ def in_thread(function: Callable[[], Any]) -> asyncio.Future:
 
 
 def _work(jobs: queue.SimpleQueue) -> None:
-    while _work_once(jobs, *jobs.get()):  # a function of its own, so that an idle thread keeps no environment alive
+    # A function of its own: so an idle thread keeps no environment alive.
+    while _work_once(jobs, *jobs.get()):
         pass
 
 
-def _work_once(jobs: queue.SimpleQueue, function: Callable[[], Any], future: asyncio.Future) -> bool:
+def _work_once(jobs: queue.SimpleQueue, function: Callable, future: asyncio.Future) -> bool:
     """Run one job and deliver its result. False if nobody waits for it any more."""
     process, result, error = os.getpid(), None, None
     try:
@@ -417,7 +431,7 @@ def _work_once(jobs: queue.SimpleQueue, function: Callable[[], Any], future: asy
         os._exit(0)
     if future.get_loop().is_closed():
         return False
-    _idle.append(jobs)  # before it is delivered: whoever gets the result may have the next job at once
+    _idle.append(jobs)  # before the delivery: whoever gets the result may have the next job at once
     with contextlib.suppress(RuntimeError):  # the loop was closed just now
         future.get_loop().call_soon_threadsafe(_deliver, future, result, error)
     return True
@@ -595,12 +609,13 @@ class Search:
 # ---- tool: python ----------------------------------------------------------------------------------------
 
 _SECONDS = 5  # of processor time, for each process of a program
-_WALL_SECONDS = 8  # for a whole program, from its start: more than 5, for it shares the processor. run_calls may end it earlier
+# By the clock, for a whole one: more, for it shares the processor; run_calls may end it earlier.
+_WALL_SECONDS = 8
 _OUTPUT = 100_000  # bytes
 _SCRATCH = 64 * 2**20  # bytes, held in memory
 # Of each process, but for NPROC: that counts the processes and threads of a whole call, two of which are not the program's children.
 _LIMITS = {"CPU": _SECONDS, "AS": 512 * 2**20, "FSIZE": 16 * 2**20, "NOFILE": 64, "NPROC": 8, "CORE": 0, "MSGQUEUE": 0}
-# How many programs run at once, whatever event loops they are called from. With more, all of them would be late.
+# How many programs run at once, from whatever event loop. With more, all of them would be late.
 _SANDBOXES = ThreadPoolExecutor(os.cpu_count() or 1, "sandbox")
 
 
@@ -620,8 +635,8 @@ async def python(code: str) -> str:
     The program is a process of its own, in a sandbox that bubblewrap builds anew for each call, also when we are root. It cannot
     read or write files other than those of the system's Python (read only) and a scratch folder, see or signal other processes,
     reach a network or a socket, read our environment, gain rights, take more time, memory, processes or disk than the limits
-    above, or outlive the call, however that ends. As many run at once as there are processors, and the others wait for their turn.
-    The time limits begin when a program starts.
+    above, or outlive the call, however that ends. As many programs run at once as there are
+    processors. The others wait for their turn: their time limits begin when they start.
 
     Not kept from it: bugs of the kernel or of bubblewrap, and what processor caches give away; 8 processes that each take their
     share of time and memory (4 GB in all) and, for a moment, more inside the kernel, for many small files say (only a cgroup
@@ -630,7 +645,7 @@ async def python(code: str) -> str:
     loop, turn, stop = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
     def run() -> tuple[bytes, int]:
-        loop.call_soon_threadsafe(turn.set)  # raises if the loop is closed: then nobody wants the program to be run
+        loop.call_soon_threadsafe(turn.set)  # raises if the loop is closed: nobody waits any more
         return _run_program(code, stop)
 
     job = _SANDBOXES.submit(run)
@@ -641,7 +656,8 @@ async def python(code: str) -> str:
         await asyncio.wait({ended})
     except asyncio.CancelledError:
         stop.set()
-        while not job.cancel() and not ended.done():  # it has begun: until nothing is left of it, even if cancelled once more
+        # If it has begun, wait until nothing is left of it, even when we are cancelled once more.
+        while not job.cancel() and not ended.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({ended})
         raise
@@ -649,7 +665,10 @@ async def python(code: str) -> str:
 
 
 def _run_program(code: str, stop: threading.Event) -> tuple[bytes, int]:
-    """Run a program until it ends or `stop` is set: what it wrote, and its exit code. Nothing is left of it then."""
+    """Run a program until it ends or `stop` is set: what it wrote, and its exit code.
+
+    This blocks its thread. When it returns, nothing is left of the program.
+    """
     process, printed = _start_sandbox(code), bytearray()
     try:
         while len(printed) <= _OUTPUT and not stop.is_set():
@@ -760,7 +779,8 @@ def _sandboxed(bwrap: str, setpriv: str, python: str, program: int, rules: int) 
         "--ro-bind", python, python, "--dev-bind", "/dev/null", "/dev/null",
         "--perms", "0444", "--ro-bind-data", str(program), "/code.py",
         "--remount-ro", "/",  # it is a file system in memory as well, without a size
-        python, "-I", "-S", "-B", "-c", inspect.getsource(_supervise) + f"_supervise({_LIMITS}, {_WALL_SECONDS})",
+        python, "-I", "-S", "-B", "-c",
+        inspect.getsource(_supervise) + f"_supervise({_LIMITS}, {_WALL_SECONDS})",
     ]  # fmt: skip
 
 

@@ -266,15 +266,21 @@ def test_another_stop_token_does_not_take_the_place_of_the_end_token():
 
 
 def test_a_stop_token_that_only_the_model_knows_is_no_part_of_the_answer():
-    """Llama 3 has three, its tokenizer knows one; the others are in generation_config. The answer was `yes<|endoftext|>`, and wrong."""
+    """Llama 3 has three, its tokenizer knows one, and generation_config knows the others.
+
+    The answer was `yes<|endoftext|>`, and wrong.
+    """
     tokenizer = make_tokenizer("chatml")
     other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert Chat(tokenizer).stop_ids == {tokenizer.eos_token_id}
     chat = Chat(tokenizer, stop_ids=[other])
     assert chat.stop_ids == {tokenizer.eos_token_id, other}
-    episode, _ = play(chat, [*spell(tokenizer, format_call("echo", text="hello")), other], [*spell(tokenizer, "yes"), other])
+    texts = format_call("echo", text="hello"), "yes"
+    messages = [[*spell(tokenizer, text), other] for text in texts]
+    episode, _ = play(chat, *messages)
     assert episode.success and episode.turns == 2
-    assert pieces(chat, episode.segments[0])[2] == ("<|im_end|>" + GOLDEN["chatml"], False), "the turn gets its end from the world"
+    between = pieces(chat, episode.segments[0])[2]
+    assert between == ("<|im_end|>" + GOLDEN["chatml"], False), "the world ends the turn"
 
 
 def test_what_is_sampled_needs_a_log_prob_for_each_token():
@@ -467,7 +473,8 @@ def test_finish_error_when_the_environment_fails(where):
     assert "failed: " in agent.transcript(episode, TOKENIZERS["chatml"])
 
 
-OWN_CODE = ["constructor", "reset", "beginning", "state", "done", "get_reward", "behaviour"]  # of an environment, beside its tools
+# Of an environment, beside its tools.
+OWN_CODE = ["constructor", "reset", "beginning", "state", "done", "get_reward", "behaviour"]
 
 
 def desk_that(where, act):
@@ -491,12 +498,16 @@ def desk_that(where, act):
 
 @pytest.mark.parametrize("where", OWN_CODE)
 def test_slow_environments_are_slow_at_the_same_time(where):
-    """16 rewards of 0.25 s took 4 s, in the thread of the event loop. Here each waits for the other three, so none may block it."""
+    """16 rewards of 0.25 s took 4 s, in the thread of the event loop.
+
+    Here each one waits for the other three, so none of them may block the loop.
+    """
     barrier, chat = threading.Barrier(4), CHATS["chatml"]
     make = desk_that(where, lambda: barrier.wait(timeout=20))
 
     async def four():
-        return await asyncio.gather(*(Agent(Policy(say(chat, "yes")), chat, tool_timeout=30).run(make) for _ in range(4)))
+        agents = [Agent(Policy(say(chat, "yes")), chat, tool_timeout=30) for _ in range(4)]
+        return await asyncio.gather(*(one.run(make) for one in agents))
 
     assert all(episode.success for episode in asyncio.run(four()))
 
@@ -511,7 +522,7 @@ def test_an_environment_that_hangs_costs_its_episode_only(where):
 
 
 def test_an_environment_that_cannot_be_made_costs_its_episode_only():
-    """A constructor that failed, once in a thousand times, ended the run: it was called before the episode began."""
+    """A constructor that failed once in a thousand times ended the run: no episode had begun."""
 
     def make():
         raise OSError("no more\ncontainers")
@@ -610,7 +621,8 @@ class Hostile(Desk):
 @pytest.mark.parametrize("way", ["hang", "exit", "bytes", "nan", "flood", "half", "escape", "no such way"])
 def test_contract_08_no_tool_hurts_the_episode(way):
     """It hangs, raises, exits, floods, returns bytes or NaN: an observation, and the episode goes on."""
-    episode, _ = play(CHATS["qwen3"], format_call("bad", way=way), "yes", env=Hostile(), tool_timeout=1.0, context=1500)
+    options = {"tool_timeout": 1.0, "context": 1500}
+    episode, _ = play(CHATS["qwen3"], format_call("bad", way=way), "yes", env=Hostile(), **options)
     assert episode.success and episode.turns == 2 and episode.tool_errors == (way in ("hang", "exit", "no such way"))
 
 

@@ -308,10 +308,11 @@ def look(self) -> str:
 
 
 @pytest.mark.parametrize("members, what", [
-    ({"look": look}, "look"), ({"reset": hang}, "reset(0)"), ({"get_reward": hang}, "get_reward()"), ({"done": property(hang)}, "done"),
-    ({"state": property(hang)}, "state"), ({"behaviour": property(hang)}, "behaviour")])
+    ({"look": look}, "look"), ({"reset": hang}, "reset(0)"), ({"get_reward": hang}, "get_reward()"),
+    ({"done": property(hang)}, "done"), ({"state": property(hang)}, "state"),
+    ({"behaviour": property(hang)}, "behaviour")])
 def test_check_env_names_what_hangs(members, what, monkeypatch):
-    """A tool that waited for a server that was not there: the run printed nothing, and did not begin."""
+    """A tool waited for a server that was not there: the run printed nothing, and did not begin."""
     monkeypatch.setattr(env, "CHECK_SECONDS", 0.5)
     with pytest.raises(EnvError, match=re.escape(f"Mine.{what} took longer than 0.5 s")):
         check_env(type("Mine", (Fine,), members))

@@ -403,7 +403,7 @@ def test_forbidden_system_calls_are_refused_one_by_one():
 
 @pytest.fixture
 def two_at_once(monkeypatch):
-    """A bound of two, whatever the machine; gives the numbers of programs that ran beside each program."""
+    """A bound of two, whatever the machine. Gives how many ran as each program started."""
     beside, running, run_program = [], [], tools._run_program
 
     def run(code, stop):
@@ -421,8 +421,10 @@ def two_at_once(monkeypatch):
 
 @needs_bubblewrap
 def test_programs_wait_for_their_turn_and_the_wait_does_not_count(two_at_once):
-    """All of 128 at once took longer than 10 s, for they were in each other's way. Here: two event loops, one bound for both,
-    and a tool that hands on to `python`, as an environment's does.
+    """All of 128 at once took longer than 10 s, for they were in each other's way.
+
+    Here: two event loops, one bound for both, and a tool that hands on to `python`, as an
+    environment's does.
     """
 
     async def hands_on(code):
@@ -434,8 +436,8 @@ def test_programs_wait_for_their_turn_and_the_wait_does_not_count(two_at_once):
 
     start = time.perf_counter()
     with ThreadPoolExecutor(2) as loops:
-        observations = [o for six_of_them in loops.map(six, [tools.python, hands_on]) for o in six_of_them]
-    assert [o.text for o in observations] == ["ok\n"] * 12
+        first, second = loops.map(six, [tools.python, hands_on])
+    assert [o.text for o in first + second] == ["ok\n"] * 12
     assert time.perf_counter() - start > 3, "else nobody has waited for longer than the limit"
     assert max(two_at_once) == 2 and len(two_at_once) == 12
 
@@ -443,10 +445,12 @@ def test_programs_wait_for_their_turn_and_the_wait_does_not_count(two_at_once):
 @needs_bubblewrap
 def test_a_call_that_is_cancelled_while_it_waits_never_runs(two_at_once):
     async def scenario():
-        running = [asyncio.ensure_future(tools.python("import time; time.sleep(60)")) for _ in range(2)]
+        programs = ["import time; time.sleep(60)"] * 2
+        running = [asyncio.ensure_future(tools.python(program)) for program in programs]
         while len(two_at_once) < 2:
             await asyncio.sleep(0.02)
-        waiting = asyncio.ensure_future(run_calls([Call("python", {"code": "1"})], {"python": tools.python}, timeout=0.1))
+        call, tool = Call("python", {"code": "1"}), {"python": tools.python}
+        waiting = asyncio.ensure_future(run_calls([call], tool, timeout=0.1))
         await asyncio.sleep(0.5)
         assert not waiting.done(), "its limit has not begun"
         for task in (waiting, *running):
@@ -478,12 +482,13 @@ def test_sandboxes_are_built_and_torn_down_beside_the_event_loop(monkeypatch):
 
 @needs_bubblewrap
 def test_the_limit_is_on_processor_time_and_a_wider_one_on_the_clock(monkeypatch):
-    """On a busy machine a program gets half a processor: by the clock it was late, by its work it was not."""
+    """A program that got half a processor was late by the clock, though not by its work."""
     monkeypatch.setattr(tools, "_SECONDS", 1)
     monkeypatch.setitem(tools._LIMITS, "CPU", 1)
-    waits, works = observe("import time; time.sleep(1.5); print('ok')", "print('a', flush=True)\nwhile True: pass")
-    assert waits.text == "ok\n"
-    assert works.error and "killed, as a program is after 1 s of processor time. It wrote: a" in works.text
+    loop = "print('a', flush=True)\nwhile True: pass"
+    waits, works = observe("import time; time.sleep(1.5); print('ok')", loop)
+    assert waits.text == "ok\n" and works.error
+    assert "killed, as a program is after 1 s of processor time. It wrote: a" in works.text
 
 
 # ---- the end of a call ----

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import pytest
 
 import tools
-from tools import (Call, CallError, Message, Observation, Search, calculator, clip, format_call, parse, run_calls, schema,
-                   tools_of, untimed)
+from tools import (Call, CallError, Message, Observation, Search, calculator, clip, format_call,
+                   parse, run_calls, schema, tools_of, untimed)
 
 
 def add(a: int, b: float, note: str | None = None, mode: Literal["fast", "best"] = "fast", numbers: list[int] | None = None):
@@ -636,8 +636,24 @@ def test_the_loop_goes_on_while_a_plain_tool_blocks():
     assert asyncio.run(scenario()) > 5
 
 
+def test_a_call_that_was_in_time_counts_even_if_the_event_loop_is_late():
+    """The limit and the result wait in the same queue of a loop that was busy for longer than the limit."""
+
+    async def scenario():
+        ended = threading.Event()
+        tools_here = {"quick": lambda: ended.set() or "in time"}
+        task = asyncio.ensure_future(run_calls([Call("quick", {})], tools_here, timeout=0.3))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert ended.wait(10)  # blocks the loop
+        time.sleep(0.5)
+        return await task
+
+    assert asyncio.run(scenario())[0].text == "in time"
+
+
 def test_a_tool_that_waits_for_its_turn_is_not_charged_for_it():
-    """Its time limit stands still, and goes on when its turn has come. A cancelled call does not wait for its turn."""
+    """Its time limit stands still until its turn has come. A cancelled call does not wait."""
 
     async def scenario():
         turn = asyncio.Event()
@@ -672,7 +688,7 @@ def test_a_tool_that_waits_for_its_turn_is_not_charged_for_it():
 
 
 def test_threads_are_used_again_and_hold_nothing_while_they_are_idle():
-    """Starting a thread costs four times what a job for an idle one does. But an idle one must not keep an environment alive."""
+    """Starting one costs four times as much. But an idle one must not keep an environment alive."""
 
     class World:
         def tell(self) -> int:
@@ -680,7 +696,8 @@ def test_threads_are_used_again_and_hold_nothing_while_they_are_idle():
 
     async def scenario():
         world = World()
-        threads = {(await run_calls([Call("tell", {})], tools_of(world)))[0].text for _ in range(50)}
+        told = [await run_calls([Call("tell", {})], tools_of(world)) for _ in range(50)]
+        threads = {observation.text for observation, in told}
         return threads, weakref.ref(world)
 
     threads, world = asyncio.run(scenario())
@@ -700,7 +717,8 @@ def test_no_more_threads_is_an_error_of_the_call(monkeypatch):
     monkeypatch.setattr(tools._thread, "start_new_thread", refuse)
     monkeypatch.setattr(tools, "_idle", [])
     refused = Observation("error: RuntimeError: can't start new thread", error=True)
-    assert run([Call("look", {}), Call("alook", {})], {"look": look, "alook": alook}) == [refused, refused]
+    observations = run([Call("look", {}), Call("alook", {})], {"look": look, "alook": alook})
+    assert observations == [refused, refused]
 
 
 def test_contract_09_results_come_back_in_call_order():
