@@ -27,8 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from memory import keep_turns
-from tools import (Call, Message, Observation, clip, describe, format_call, in_thread, parse,
-                   run_calls, schema, tools_of)
+from tools import Call, Message, Observation, clip, describe, format_call, in_thread, parse, run_calls, schema, tools_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The record

@@ -31,7 +31,8 @@ from env import EnvError, check_env, demonstrator, held_out, make_env
 from tools import Call, format_call, parse, run_calls, schema
 
 # On a contributor's machine without bubblewrap they are skipped; where CI is set it has to be there, and they fail.
-needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None and "CI" not in os.environ, reason="no bubblewrap: apt-get install bubblewrap")
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None and "CI" not in os.environ,
+                                      reason="no bubblewrap: apt-get install bubblewrap")
 
 
 def observe(*programs, timeout=10.0, max_chars=5000):

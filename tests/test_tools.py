@@ -21,8 +21,7 @@ from typing import Any, Literal
 import pytest
 
 import tools
-from tools import (Call, CallError, Message, Observation, Search, calculator, clip, format_call,
-                   parse, run_calls, schema, tools_of, untimed)
+from tools import Call, CallError, Message, Observation, Search, calculator, clip, format_call, parse, run_calls, schema, tools_of, untimed
 
 
 def add(a: int, b: float, note: str | None = None, mode: Literal["fast", "best"] = "fast", numbers: list[int] | None = None):
