@@ -7,7 +7,7 @@ is the token stream itself. It only ever grows: by ids the policy sampled, or by
 returned). Which of the two a token is, is noted where the token is chosen (`Segment.sampled`), never worked out afterwards.
 
 Left out: streaming, images, tool-choice modes, several agents in one episode, any language of graphs. A workflow of your
-own is an `async def` function: await `start`, `query`, `act` in your loops and ifs; then `close`.
+own is an `async def` function: await `start`, `query`, `act` in your loops and ifs; then await `close`.
 
 Takes an LLM (rollout.py's engine; any object with `generate`), a tokenizer and an environment (env.py); gives an Episode
 (to grpo.py). `python agent.py` prints one episode token by token. Lift it together with tools.py and memory.py.

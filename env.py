@@ -41,7 +41,7 @@ from tools import Call, CallError, Search, describe, format_call, parse, run_cal
 
 
 class Env(Protocol):
-    """The seam. A class of yours need not inherit from this; `check_env` says whether it fits.
+    """The interface of an environment. A class of yours need not inherit from this; `check_env` says whether it fits.
 
     One instance plays one task at a time, and instances share nothing. The agent loop calls it from
     threads, one call at a time, each under a time limit. Every public method but `reset` and
@@ -598,7 +598,7 @@ def retry(cls: type) -> type:
     """The environment `cls`, with a second try at the same task for whoever fails. Only the last try counts.
 
     After a failure the agent writes a lesson; everything else is forgotten, and the task begins anew in an empty window.
-    `--env retry:lookup:hops=2`. The seam between the two tries is `beginning`, which the agent loop watches.
+    `--env retry:lookup:hops=2`. Between the two tries, `beginning` changes, which the agent loop watches.
     """
 
     class Retry(type("Tools", (), {name: _handed_on(name, tool) for name, tool in tools_of(object.__new__(cls)).items()})):
@@ -661,7 +661,7 @@ ENVIRONMENTS: dict[str, type] = {"calculator": Calculator, "lookup": Lookup, "ma
 
 
 class EnvError(ValueError):
-    """An environment that cannot be found or does not keep to the seam."""
+    """An environment that cannot be found or lacks the interface of one."""
 
 
 def make_env(spec: str) -> Callable[[], Env]:
@@ -776,7 +776,7 @@ CHECK_SECONDS = 10.0  # for each call of an environment's code while it is check
 
 
 def check_env(factory: Callable[[], Env]) -> None:
-    """Try an environment against the seam. Raises EnvError that names the method and what it returned."""
+    """Try an environment against the interface. Raises EnvError that names the method and what it returned."""
     a, b = factory(), factory()
     first, second = _reset(a, 0), _reset(b, 0)
     _want(isinstance(first, str) and first.strip(), a, "reset(seed) must return the task as text", first)

@@ -11,7 +11,7 @@ row: the log-prob of the sampled token. Two ideas make that cheap:
                           them. Relative to the target's logit, one row dot known beforehand, e_j = exp(z_j - z_target) is right
                           the first time it is written: logp = -log(1 + sum of the others), one pass over each slab of logits.
 
-Read first `policy_loss`, the loss of the papers as a function of log-probs; change it there (and in `_policy_rows`, its twin on a
+Read first `policy_loss`, the loss of the papers as a function of log-probs; change it there (and in `_policy_rows`, the same on a
 GPU). `linear_policy_loss` is what the trainer calls. The products are torch's; the element-wise work between them is three Triton
 kernels where Triton runs, and a few lines of torch, with the same names, elsewhere.
 
@@ -31,7 +31,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, or torch built for CPUs only: the torch twins do the work
+except ImportError:  # macOS, or torch built for CPUs only: the torch versions do the work
     triton = None
 
 KINDS = ("clip", "cispo", "reinforce")

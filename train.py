@@ -294,7 +294,7 @@ def score(config: Config) -> None:
 
 
 def make_envs(config: Config) -> dict:
-    """{name: factory}, each checked against the seam."""
+    """{name: factory}, each checked against the interface."""
     twice = [spec for spec, count in Counter(config.env).items() if count > 1]
     if twice:
         raise UserError(f"--env names {twice[0]} twice: each has its share of the tasks already")
