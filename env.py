@@ -1,22 +1,24 @@
-"""Environments: tasks with tools and a reward. And, for each, a demonstrator that is wrong on purpose.
+"""Environments: tasks with tools and a reward, and a demonstrator for each that mostly fails.
 
-An environment is a class. `reset(seed)` poses a task in words, every public method is a tool, `get_reward()` scores the
-attempt. Nothing here knows of tokens or models. Each of the six here asks for one capability:
+An environment is a class. `reset(seed)` poses a task in words, every public method is a tool, and
+`get_reward()` scores the attempt. Nothing here knows of tokens or models. Read `Env` and
+`Calculator` first: they show all there is. Each of the six asks for one capability of an agent:
 
     calculator   tool use: arithmetic too large for the head
-    lookup       multi-turn interaction: a question whose answer is two or three look-ups away
-    maze         planning: of several corridors the one that leads to the goal, without a move to waste
+    lookup       multi-turn interaction: the answer to a question is two or three searches away
+    maze         planning: one of several corridors leads to the goal, and every move counts
     chain        reasoning: a program of more steps than a model can execute without thinking aloud
     recall       memory: a question about a page that has left the context window
-    mastermind   self-reflection: a code to find by correcting one's own guesses
+    mastermind   self-reflection: a hidden code, found by correcting one's own guesses
 
-A demonstrator is a function beside the class: a generator of the messages somebody might write. It shows the language of
-calls, but its habit is wrong: imitate it, greedily or sampled, and the task mostly fails. What reinforcement learning adds
-to a model warmed up on it is then the capability itself.
+A demonstrator is a function beside the class. It yields messages that somebody might write. They
+show how to call tools, but most of them fail: a model that imitates them fails, too, greedily and
+sampled. What reinforcement learning adds after that is the capability itself.
 
-`retry(cls)` gives any of them a second try with a lesson. Left out: step rewards, continuous actions, rendering, vector
-environments. Uses tools.py and memory.py; used by agent.py and train.py.
-`python env.py [NAME]` lets you play a task in the terminal.
+One task in five is held out by its content (`held_out`): it is never trained on.
+
+Left out: rewards for single steps, rendering, vector environments. Uses tools.py and memory.py.
+agent.py and train.py use it. `python env.py [NAME]` lets you play a task in the terminal.
 """
 
 import asyncio
@@ -36,25 +38,28 @@ from random import Random
 from typing import Protocol
 
 import tools
-from memory import Notes
-from tools import Call, CallError, Search, describe, format_call, parse, run_calls, schema, tools_of
+from memory import Notes, Search
+from tools import Call, CallError, describe, format_call, parse, run_calls, schema, tools_of
 
 
 class Env(Protocol):
-    """The interface of an environment. A class of yours need not inherit from this; `check_env` says whether it fits.
+    """The interface of an environment. Your class need not inherit from it; `check_env` checks it.
 
     One instance plays one task at a time, and instances share nothing. The agent loop calls it from
     threads, one call at a time, each under a time limit. Every public method but `reset` and
-    `get_reward` is a tool; helpers begin with an underscore. An environment that wants an answer has
-    the tool `final_answer(answer: str)`: a message without any call is handed to it. Difficulty is in
-    the constructor's arguments, each with a default.
+    `get_reward` is a tool; helpers begin with an underscore. An environment that wants an answer
+    has the tool `final_answer(answer: str)`: a message without any call is given to it. Difficulty
+    is in the constructor's arguments, each with a default. Arguments such as `tool=0`, which take
+    the mechanism away, are for tests/evidence.py.
+
+    Optional: a property `behaviour -> dict[str, float]`, numbers about the attempt for the logs.
     """
 
     def reset(self, seed: int) -> str:
-        """Start the task that `seed` names, and put it as a user would. The same seed gives the same task."""
+        """Start a task and return it, worded as a user would. The same seed gives the same task."""
 
     def get_reward(self) -> float:
-        """Between 0 and 1; success is 1. May be asked at any time, also of an attempt that was cut."""
+        """Between 0 and 1. Success is 1. May be asked at any time, also after a cut attempt."""
 
     @property
     def done(self) -> bool:
@@ -62,10 +67,10 @@ class Env(Protocol):
 
     @property
     def state(self) -> str:
-        """What identifies the situation within the task: equal states have equal prospects (for turn-level credit)."""
+        """Identifies the situation within the task, for turn-level credit (grpo.turn_advantages).
 
-    # Optional: `behaviour -> dict[str, float]`, what the attempt was like, for the logs. And `beginning: str`: when it changes, the
-    # agent forgets everything, and goes on in an empty window with this text for its task.
+        Equal states have equal prospects. Often it is a list of what the agent did so far.
+        """
 
 
 class _Question:
@@ -86,7 +91,7 @@ class _Question:
 
     def get_reward(self) -> float:
         """1 if the answer is right, else 0."""
-        return float(self._given is not None and _normal(self._given) == _normal(self._answer))
+        return float(self.done and _normal(self._given) == _normal(self._answer))
 
     @property
     def done(self) -> bool:
@@ -107,27 +112,45 @@ def _normal(answer: str) -> str:
 
 
 def _number(random: Random) -> str:
-    """Tells tasks apart whose text would be the same. Of one length: small seeds must not look unlike large ones."""
+    """A serial number, so that no two tasks have the same text. All have one length."""
     return f"{random.randrange(10**6):06}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def pick(random: Random, habits: dict[str, float]) -> str:
+    """One of the habits, by their shares of 1.
+
+    >>> [pick(Random(seed), {"guess": 0.9, "think": 0.1}) for seed in range(4)]
+    ['guess', 'guess', 'think', 'guess']
+    """
+    drawn, total = random.random(), 0.0
+    for habit, share in habits.items():
+        total += share
+        if drawn < total:
+            return habit
+    return habit  # the shares add up to a little less than 1
+
+
+# --------------------------------------------------------------------------------------------------
 # calculator
 
 
 class Calculator(_Question):
     """Tool use. A word problem whose numbers are too large to work out in the head.
 
-    About 650,000 distinct tasks by default (numbers of `digits` digits, and of one less). The oracle needs two turns: call, answer.
-    `tool=0`: the calculator is out of order (what is left without tool use).
+    About 650,000 tasks by default (numbers of `digits` digits, and of one less). The best player
+    needs two turns: call, answer. `tool=0`: the calculator is out of order.
     """
 
     TASKS = (
-        ("A warehouse holds {a} boxes with {b} screws in each box. How many screws are there?", "{a} * {b}"),
+        ("A warehouse holds {a} boxes with {b} screws in each box. How many screws are there?",
+         "{a} * {b}"),
         ("A printer makes {a} pages a day. How many pages does it make in {b} days?", "{a} * {b}"),
-        ("A library owns {a} books and buys {b} more. How many books does it own now?", "{a} + {b}"),
-        ("One village has {a} inhabitants, the next one has {b}. How many do they have together?", "{a} + {b}"),
-        ("A tank holds {a} litres and {b} litres leak out. How many litres are left?", "{a} - {b}"),
+        ("A library owns {a} books and buys {b} more. How many books does it own now?",
+         "{a} + {b}"),
+        ("One village has {a} inhabitants, the next one has {b}. How many do they have together?",
+         "{a} + {b}"),
+        ("A tank holds {a} litres and {b} litres leak out. How many litres are left?",
+         "{a} - {b}"),
         ("What is {a} minus {b}?", "{a} - {b}"),
         ("What is {a} times {b}?", "{a} * {b}"),
         ("What is {a} plus {b}?", "{a} + {b}"),
@@ -162,41 +185,50 @@ class Calculator(_Question):
 
 
 def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
-    """Mostly wrong: answers with the last number of the question; or asks for the wrong operation, and believes the result."""
-    habit, expression = random.random(), env._expression
-    if habit < 0.25:
+    """Mostly calls for the wrong operation, or answers with a number of the question."""
+    habit = pick(random, {"no call": 0.25, "wrong operation": 0.43, "right": 0.32})
+    expression = env._expression
+    if habit == "no call":
         yield expression.split(" ")[-1]
         return
-    if habit < 0.68:
+    if habit == "wrong operation":
         expression = expression.translate(str.maketrans("*-+", "+*-"))
     yield format_call("calculator", expression=expression)
     yield tools.calculator(expression)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # lookup
 
-FIRST = "Ada Ben Carla Diego Elena Farid Greta Hugo Ines Jonas Keiko Lars Mira Nadia Omar Petra Quinn Rosa Sven Tara".split()
-LAST = ("Adler Borg Castro Duarte Eklund Fischer Garcia Hansen Ito Jansen Kovac Lopez Moreau Novak Okafor Petrov Rossi Sato "
-        "Tanaka Varga").split()
-PLACE = ("Alder Amber Basel Beacon Bergen Bilbao Birch Bremen Cedar Cobalt Cork Delta Drift Elm Ember Falcon Fern Garnet Gdansk "
-         "Ghent Graz Grove Harbor Hazel Indigo Iris Jade Juniper Kelp Kestrel Larch Leeds Lumen Lyon Malmo Marble Moss Nantes "
-         "Nettle Nimbus Oak Onyx Parma Pine Pioneer Porto Tampere Turin").split()
+FIRST = """Ada Ben Carla Diego Elena Farid Greta Hugo Ines Jonas Keiko Lars Mira Nadia Omar Petra
+Quinn Rosa Sven Tara""".split()
+LAST = """Adler Borg Castro Duarte Eklund Fischer Garcia Hansen Ito Jansen Kovac Lopez Moreau Novak
+Okafor Petrov Rossi Sato Tanaka Varga""".split()
+PLACE = """Alder Amber Basel Beacon Bergen Bilbao Birch Bremen Cedar Cobalt Cork Delta Drift Elm
+Ember Falcon Fern Garnet Gdansk Ghent Graz Grove Harbor Hazel Indigo Iris Jade Juniper Kelp
+Kestrel Larch Leeds Lumen Lyon Malmo Marble Moss Nantes Nettle Nimbus Oak Onyx Parma Pine
+Pioneer Porto Tampere Turin""".split()
 TRADE = "Optics Motors Foods Textiles Software Pharma Mining Shipping".split()
 
 
-class Lookup(_Question):
-    """Multi-turn interaction. The knowledge base holds one link of the chain per document; no search finds two at once.
+def _people(random: Random, count: int) -> list[str]:
+    firsts, lasts = random.sample(FIRST, count), random.sample(LAST, count)
+    return [f"{first} {last}" for first, last in zip(firsts, lasts)]
 
-    Companies, towns and rivers take their names from one list: what a name stands for must be read, it cannot be known.
-    800 distinct questions, each over a knowledge base that is made anew for every seed, so that no answer can be
-    remembered from another task. `top`: documents that a search returns. The oracle needs one search per hop and one turn for the answer.
-    `open=0`: no search finds anything, so there is nothing that a further turn could use.
+
+class Lookup(_Question):
+    """Multi-turn interaction. Each document has one link of the chain, and a search finds one.
+
+    Companies, cities and rivers take their names from one list: what a name stands for must be
+    read. There are 800 questions. Each seed makes a new knowledge base, so no answer can be
+    remembered from another task. `top`: documents that a search returns. The best player needs one
+    search per hop and one turn for the answer. `open=0`: no search finds anything.
     """
 
     QUESTIONS = {  # kind: (question, the relations to follow from the person it names)
         "city": ("In which city is the company based that {x} works for?", ("work", "base")),
-        "river": ("Which river flows through the city of the company that {x} works for?", ("work", "base", "river")),
+        "river": ("Which river flows through the city of the company that {x} works for?",
+                  ("work", "base", "river")),
     }
     FACTS = {
         "work": "{0} works as an accountant for {1}.",
@@ -206,20 +238,25 @@ class Lookup(_Question):
 
     def __init__(self, hops: int = 3, people: int = 8, top: int = 1, open: int = 1):
         if hops not in (2, 3) or not 2 <= people <= len(PLACE) // 3 or top < 1:
-            raise ValueError(f"hops must be 2 or 3, people 2 to {len(PLACE) // 3}, top at least 1")
+            raise ValueError(f"hops must be 2 or 3, people 2 to {len(PLACE) // 3}, "
+                             "top at least 1")
         self.hops, self.people, self.top, self.open = hops, people, top, open
 
     def reset(self, seed: int) -> str:
         random = Random(f"lookup {seed}")
-        people = [f"{a} {b}" for a, b in zip(random.sample(FIRST, self.people), random.sample(LAST, self.people))]
+        people = _people(random, self.people)
         names = random.sample(PLACE, 3 * self.people)
         companies = [f"{name} {random.choice(TRADE)}" for name in names[: self.people]]
         cities, rivers = names[self.people : -self.people], names[-self.people :]
-        links = {"work": dict(zip(people, companies)), "base": dict(zip(companies, cities)), "river": dict(zip(cities, rivers))}
-        documents = [self.FACTS[kind].format(x, y) for kind, pairs in links.items() for x, y in pairs.items()]
+        links = {"work": dict(zip(people, companies)), "base": dict(zip(companies, cities)),
+                 "river": dict(zip(cities, rivers))}
+        documents = []
+        for kind, pairs in links.items():
+            documents += [self.FACTS[kind].format(x, y) for x, y in pairs.items()]
         random.shuffle(documents)
         self._search = Search(documents, top=self.top)
-        question, relations = random.choice([q for q in self.QUESTIONS.values() if len(q[1]) <= self.hops])
+        known = [(text, hops) for text, hops in self.QUESTIONS.values() if len(hops) <= self.hops]
+        question, relations = random.choice(known)
         self._chain = [random.choice(people)]
         for kind in relations:
             self._chain.append(links[kind][self._chain[-1]])
@@ -237,35 +274,46 @@ class Lookup(_Question):
 
     @property
     def behaviour(self) -> dict[str, float]:
-        return {"searches": len(self._trace), "hops": sum(any(x in q for q in self._trace) for x in self._chain[:-1])}
+        asked = " | ".join(self._trace)
+        hops = sum(name in asked for name in self._chain[:-1])
+        return {"searches": len(self._trace), "hops": hops}
 
 
 def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
-    """Mostly gives up a step early: answers with what its last search but one turned up, or at once with the first."""
-    habit, hops = random.random(), len(env._chain) - 1
-    hops = 1 if habit < 0.15 else hops - 1 if habit < 0.67 else hops
+    """Mostly stops too early, and answers with what its last search found."""
+    habit = pick(random, {"one search": 0.15, "a search too few": 0.52, "right": 0.33})
+    hops = len(env._chain) - 1
+    if habit == "one search":
+        hops = 1
+    elif habit == "a search too few":
+        hops -= 1
     for x in env._chain[:hops]:
         yield format_call("search", query=x)
     yield env._chain[hops]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # maze
 
 
 class Maze:
-    """Planning. A map is shown once: corridors lead away from the start, one of them to the goal, and every move counts.
+    """Planning. Corridors lead away from the start, one of them to the goal, and every move counts.
 
-    Seen from the start one corridor is like another; seen from the goal there is only one way back. Who always steps to a cell
-    that is nearer the goal (`towards`) fails on every map. Of 20,000 seeds 14,226 maps differ. The oracle needs one turn, the way
-    being 4 to 6 moves long. `map=0`: the map is not shown (what is left without planning).
+    Seen from the start, one corridor looks like another. Seen from the goal, there is only one way
+    back. A player who always steps nearer to the goal (`towards`) fails on every map. Of 20,000
+    seeds 14,226 maps differ. The best player needs one turn; the way is 4 to 6 moves long. `map=0`:
+    the map is not shown.
     """
 
-    def __init__(self, size: int = 6, corridors: int = 3, shortest: int = 4, slack: int = 0, map: int = 1):
+    def __init__(self, size: int = 6, corridors: int = 3, shortest: int = 4, slack: int = 0,
+                 map: int = 1):
         if not 4 <= size <= 9 or not 2 <= corridors <= 3 or not 3 <= shortest <= size or slack < 0:
-            raise ValueError("size must be 4 to 9, corridors 2 or 3, shortest 3 to size, slack at least 0")
-        self.size, self.corridors, self.shortest, self.slack, self.map = size, corridors, shortest, slack, map
-        self._grid = [f"{row}{column}" for row in "ABCDEFGHI"[:size] for column in range(1, size + 1)]
+            raise ValueError("size must be 4 to 9, corridors 2 or 3, shortest 3 to size, "
+                             "slack at least 0")
+        self.size, self.corridors, self.shortest = size, corridors, shortest
+        self.slack, self.map = slack, map
+        columns = range(1, size + 1)
+        self._grid = [f"{row}{column}" for row in "ABCDEFGHI"[:size] for column in columns]
 
     def reset(self, seed: int) -> str:
         random = Random(f"maze {seed}")
@@ -274,27 +322,37 @@ class Maze:
             moves = len(shortest_way(self._open, self._here, self._goal)) - 1
             if moves >= self.shortest and not self._luck():
                 break
-        self._shortest, self._left, self._bumps, self._trace = moves, moves + self.slack, 0, []
-        names = [cell if cell in self._open else "##" for cell in self._grid]
-        rows = ["".join(names[i : i + self.size]) for i in range(0, len(names), self.size)]
-        shown = "This is the map, # is wall:\n" + "\n".join(rows) if self.map else f"There is no map. (Maze {_number(random)})"
+        self._shortest, self._left = moves, moves + self.slack
+        self._bumps, self._trace = 0, []
+        shown = self._drawn() if self.map else f"There is no map. (Maze {_number(random)})"
         return f"Walk from {self._here} to {self._goal} in {self._left} moves. {shown}"
 
+    def _drawn(self) -> str:
+        names = [cell if cell in self._open else "##" for cell in self._grid]
+        rows = ["".join(names[i : i + self.size]) for i in range(0, len(names), self.size)]
+        return "This is the map, # is wall:\n" + "\n".join(rows)
+
     def _dig(self, random: Random) -> tuple[str, str, set[str]]:
-        """A start, the end of the first corridor that leads away from it, and all cells without a wall. No corridor touches another."""
+        """(start, goal, open cells). The goal is the end of the first corridor."""
         start = random.choice(self._grid)
         beginnings = [cell for cell in beside(start) if cell in self._grid]
         ends = random.sample(beginnings, min(self.corridors, len(beginnings)))
-        found = {start, *ends}
+        opened = {start, *ends}
         for number, end in enumerate(ends):
-            for _ in range(random.randint(1 if number else self.shortest - 1, self.size - 1)):
-                free = [x for x in beside(end) if x in self._grid and x not in found and found.intersection(beside(x)) == {end}]
-                end = ends[number] = random.choice(free or [end])
-                found.add(end)
-        return start, ends[0], found
+            least = 1 if number else self.shortest - 1
+            for _ in range(random.randint(least, self.size - 1)):
+                end = random.choice(self._free_beside(end, opened) or [end])
+                opened.add(end)
+            ends[number] = end
+        return start, ends[0], opened
+
+    def _free_beside(self, end: str, opened: set[str]) -> list[str]:
+        """Cells to go on to that touch no corridor but this one."""
+        near = [cell for cell in beside(end) if cell in self._grid and cell not in opened]
+        return [cell for cell in near if opened.intersection(beside(cell)) == {end}]
 
     def _luck(self) -> bool:
-        """Does somebody get there who always steps `towards` the goal?"""
+        """Does a player reach the goal who always steps `towards` it?"""
         here = self._here
         while here in self._open and here != self._goal:
             here = towards(self._open, here, self._goal)
@@ -323,7 +381,8 @@ class Maze:
 
     @property
     def done(self) -> bool:
-        return self._here == self._goal or self._left < len(shortest_way(self._open, self._here, self._goal)) - 1
+        way = shortest_way(self._open, self._here, self._goal)
+        return self._here == self._goal or self._left < len(way) - 1
 
     @property
     def state(self) -> str:
@@ -331,7 +390,8 @@ class Maze:
 
     @property
     def behaviour(self) -> dict[str, float]:
-        return {"moves over the shortest": len(self._trace) - self._shortest, "bumps": self._bumps}
+        detour = len(self._trace) - self._shortest
+        return {"moves over the shortest": detour, "bumps": self._bumps}
 
 
 def beside(cell: str) -> list[str]:
@@ -341,7 +401,8 @@ def beside(cell: str) -> list[str]:
     ['A2', 'C2', 'B1', 'B3']
     """
     row, column = ord(cell[0]), int(cell[1])
-    return [f"{chr(row - 1)}{column}", f"{chr(row + 1)}{column}", f"{chr(row)}{column - 1}", f"{chr(row)}{column + 1}"]
+    return [f"{chr(row - 1)}{column}", f"{chr(row + 1)}{column}",
+            f"{chr(row)}{column - 1}", f"{chr(row)}{column + 1}"]
 
 
 def shortest_way(open_cells: set[str], start: str, goal: str) -> list[str]:
@@ -365,35 +426,43 @@ def towards(open_cells: set[str], here: str, goal: str) -> str:
     >>> towards({"A1", "B1", "B2"}, "A1", "B2"), towards({"A1"}, "A1", "A3")
     ('B1', 'A2')
     """
-    distance = lambda cell: abs(ord(cell[0]) - ord(goal[0])) + abs(int(cell[1]) - int(goal[1]))
+
+    def distance(cell: str) -> int:
+        return abs(ord(cell[0]) - ord(goal[0])) + abs(int(cell[1]) - int(goal[1]))
+
     nearer = [cell for cell in beside(here) if distance(cell) < distance(here)]
     return next((cell for cell in nearer if cell in open_cells), nearer[0])
 
 
 def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
-    """Mostly does not plan to the end: a step before the start it sets off; or goes straight for the goal, into the wall.
+    """Mostly stops its plan a step before the start, or walks straight at the goal, into walls.
 
     A plan is thought backwards, from the goal to the start.
     """
-    habit, way = random.random(), shortest_way(env._open, env._here, env._goal)
-    if habit < 0.68:
-        del way[:2]
-    thought = f"<think>{' '.join(way[::-1])}</think>" if habit > 0.15 else ""
-    while not env.done:
-        if habit < 0.15:
-            way = [towards(env._open, env._here, env._goal)]
-        yield thought + format_call("walk", route=" ".join(way[1:] if habit > 0.68 else way))
+    habit = pick(random, {"no plan": 0.15, "plan too short": 0.53, "right": 0.32})
+    if habit == "no plan":
+        while not env.done:
+            yield format_call("walk", route=towards(env._open, env._here, env._goal))
+        return
+    start, *steps = shortest_way(env._open, env._here, env._goal)
+    plan, walked = [start, *steps], steps
+    if habit == "plan too short":  # the first step is missing, so the walk ends at a wall
+        plan = walked = steps[1:]
+    thought = f"<think>{' '.join(plan[::-1])}</think>"
+    while not env.done:  # with `slack`, one message may not be enough
+        yield thought + format_call("walk", route=" ".join(walked))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # chain
 
 
 class Chain(_Question):
-    """Reasoning. A small program to execute, all of it in the prompt; no tool helps, thinking aloud does.
+    """Reasoning. A small program in the prompt. No tool helps to execute it; thinking aloud does.
 
-    A million programs by default. The oracle needs one turn, in which it thinks one digit per step. The steps do not commute, so that
-    none can be left for later. `think=0`: the demonstrator gives the same answers, but does not say how it came to them.
+    A million programs by default. The best player needs one turn, in which it thinks one digit per
+    step. The steps do not commute, so none can be left for later. `think=0`: the demonstrator gives
+    the same answers without thinking.
     """
 
     def __init__(self, steps: int = 6, think: int = 1):
@@ -405,57 +474,75 @@ class Chain(_Question):
         random = Random(f"chain {seed}")
         self._way, program = [random.randrange(10)], []
         for _ in range(self.steps):
-            word, number = random.choice([("add", random.randint(1, 5)), ("times", random.choice((3, 7)))])
+            steps = [("add", random.randint(1, 5)), ("times", random.choice((3, 7)))]
+            word, number = random.choice(steps)
             program.append(f"{word} {number}")
-            self._way.append((self._way[-1] + number if word == "add" else self._way[-1] * number) % 10)
+            before = self._way[-1]
+            after = before + number if word == "add" else before * number
+            self._way.append(after % 10)
         self._way = [str(digit) for digit in self._way]
         self._pose(self._way[-1])
-        return f"Keep only the last digit of every result. Begin with {self._way[0]}, {', '.join(program)}. What is the result?"
+        return ("Keep only the last digit of every result. "
+                f"Begin with {self._way[0]}, {', '.join(program)}. What is the result?")
 
     @property
     def behaviour(self) -> dict[str, float]:
-        return {"right steps": max((i for i, digit in enumerate(self._way) if digit == self._given), default=0)}
+        right = [step for step, digit in enumerate(self._way) if digit == self._given]
+        return {"right steps": max(right, default=0)}
 
 
 def demonstrate_chain(env: Chain, random: Random) -> Iterator[str]:
     """Mostly stops thinking a step too early, or does not think at all."""
-    habit, way = random.random(), env._way[1:]
-    found = way[:1] if habit < 0.15 else way[:-1] if habit < 0.74 else way
-    thought = "".join(f"so {digit}, " for digit in found) if habit > 0.15 and env.think else ""
-    yield (f"<think>{thought}</think>" if thought else "") + found[-1]
+    habit = pick(random, {"one step": 0.15, "a step too few": 0.59, "right": 0.26})
+    found = env._way[1:]
+    if habit == "one step":
+        found = found[:1]
+    elif habit == "a step too few":
+        found = found[:-1]
+    thought = "".join(f"so {digit}, " for digit in found)
+    if habit == "one step" or not env.think:
+        yield found[-1]
+    else:
+        yield f"<think>{thought}</think>{found[-1]}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # recall
 
 
 class Recall(_Question):
-    """Memory. Pages that the window cannot hold; what is asked at the end stood on one that has left it.
+    """Memory. Pages that the window cannot hold. The question is about one that has left it.
 
-    On each page one line says where somebody lives, others speak of the weather. Only notes outlive the window. More than 10^20
-    books. The oracle needs a turn to open the book, one per page (it notes and turns the page in one message), one to look up
-    and one to answer. `notes=0`: notes are dropped.
+    On each page one line says where somebody lives, and others are about the weather. Only notes
+    outlive the window. There are more than 10^20 books. The best player needs a turn to open the
+    book, one per page (it notes and turns the page in one message), one to look up its note and one
+    to answer. `notes=0`: notes are dropped.
     """
 
     def __init__(self, pages: int = 4, lines: int = 2, notes: int = 1):
-        if not 2 <= pages <= len(FIRST) or not 1 <= lines <= 50:  # a page of more would be clipped by the agent loop
+        # A page of more than 50 lines would be clipped by the agent loop.
+        if not 2 <= pages <= len(FIRST) or not 1 <= lines <= 50:
             raise ValueError(f"pages must be 2 to {len(FIRST)}, lines 1 to 50")
         self.pages, self.lines, self.notes = pages, lines, notes
 
     def reset(self, seed: int) -> str:
         random = Random(f"recall {seed}")
-        people = [f"{a} {b}" for a, b in zip(random.sample(FIRST, self.pages), random.sample(LAST, self.pages))]
-        homes = random.sample(PLACE, self.pages)
+        people, homes = _people(random, self.pages), random.sample(PLACE, self.pages)
         self._facts = [f"{person} lives in {home}." for person, home in zip(people, homes)]
         self._book = []
         for fact in self._facts:
-            page = [f"In {random.choice(PLACE)} it {random.choice(WEATHER)}." for _ in range(self.lines - 1)] + [fact]
+            page = []
+            for _ in range(self.lines - 1):
+                page.append(f"In {random.choice(PLACE)} it {random.choice(WEATHER)}.")
+            page.append(fact)
             random.shuffle(page)
             self._book.append(page)
-        asked = random.randrange((self.pages + 1) // 2)  # from the first half, which has left the window by then
+        # From the first half of the book, which has left the window by then.
+        asked = random.randrange((self.pages + 1) // 2)
         self._person, self._turned, self._store, self._queries = people[asked], 0, Notes(), []
         self._pose(homes[asked])
-        return f"Read a book of {self.pages} pages. Then you will be asked where one of the people in it lives. (Book {_number(random)})"
+        return (f"Read a book of {self.pages} pages. Then you will be asked where one of the "
+                f"people in it lives. (Book {_number(random)})")
 
     def next_page(self) -> str:
         """Turn to the next page of the book."""
@@ -491,33 +578,43 @@ class Recall(_Question):
     @property
     def behaviour(self) -> dict[str, float]:
         useful = sum(any(fact in note for note in self._trace) for fact in self._facts)
-        return {"pages": min(self._turned, self.pages), "notes": len(self._trace), "useful notes": useful}
+        return {"pages": min(self._turned, self.pages), "notes": len(self._trace),
+                "useful notes": useful}
 
 
 WEATHER = "rained froze snowed thawed drizzled thundered".split()
 
 
 def demonstrate_recall(env: Recall, random: Random) -> Iterator[str]:
-    """Mostly notes the weather, and then answers with a wrong town that comes to mind; or notes nothing at all."""
-    habit = random.random()
+    """Mostly notes the weather, or nothing, and answers with a wrong city in the end."""
+    habit = pick(random, {"no notes": 0.15, "notes the weather": 0.53, "right": 0.32})
     yield format_call("next_page")
     for page, fact in zip(env._book, env._facts):
-        note = [] if habit < 0.15 else [x for x in page if x != fact][:1] if habit < 0.68 else [fact]
-        yield "".join(format_call("remember", text=x) for x in note) + format_call("next_page")
+        note = ""
+        if habit == "notes the weather" and len(page) > 1:
+            weather = next(line for line in page if line != fact)
+            note = format_call("remember", text=weather)
+        elif habit == "right":
+            note = format_call("remember", text=fact)
+        yield note + format_call("next_page")
     yield format_call("recall", query=env._person)
     found = env._store.search(env._person, top=1)
-    yield found[0].rpartition(" ")[2].rstrip(".") if found else random.choice([x for x in PLACE if x != env._answer])
+    if found:
+        yield found[0].rpartition(" ")[2].rstrip(".")
+    else:
+        yield random.choice([place for place in PLACE if place != env._answer])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # mastermind
 
 
 class Mastermind:
-    """Self-reflection. A hidden code of digits; for each digit of a guess it is said whether it is too low, too high or right.
+    """Self-reflection. A hidden code. Each digit of a guess is too low, too high or right.
 
-    10,000 codes by default, and none can be known beforehand: the number of the safe says nothing. Four guesses that halve what is
-    left are enough; without the feedback it is four guesses of 10,000. `feedback=0`: it is not said what was wrong.
+    10,000 codes by default. The number of the safe says nothing about the code. Four guesses are
+    enough if each halves what is left. Without feedback they are four of 10,000. `feedback=0`: the
+    answer does not say what was wrong.
     """
 
     def __init__(self, digits: int = 4, guesses: int = 4, feedback: int = 1):
@@ -529,7 +626,8 @@ class Mastermind:
         random = Random(f"mastermind {seed}")
         self._code = "".join(random.choice("0123456789") for _ in range(self.digits))
         self._guesses, self._consistent = [], 0
-        return f"Safe {_number(random)} has a code of {self.digits} digits. Find it in {self.guesses} guesses."
+        return (f"Safe {_number(random)} has a code of {self.digits} digits. "
+                f"Find it in {self.guesses} guesses.")
 
     def guess(self, code: str) -> str:
         """Try a code.
@@ -541,9 +639,12 @@ class Mastermind:
             raise ValueError("no guesses are left")
         if len(code) != self.digits or not code.isdecimal() or not code.isascii():
             raise ValueError(f"a code has {self.digits} digits")
-        self._consistent += all(_grade(code, old) == _grade(self._code, old) for old in self._guesses)
+        known = [(old, _grade(self._code, old)) for old in self._guesses]
+        self._consistent += all(_grade(code, old) == grade for old, grade in known)
         self._guesses.append(code)
-        return "The safe is open." if code == self._code else _grade(self._code, code) if self.feedback else "That is wrong."
+        if code == self._code:
+            return "The safe is open."
+        return _grade(self._code, code) if self.feedback else "That is wrong."
 
     def get_reward(self) -> float:
         """1 if the code was found, else 0."""
@@ -559,129 +660,83 @@ class Mastermind:
 
     @property
     def behaviour(self) -> dict[str, float]:
-        return {"guesses": len(self._guesses), "consistent guesses": self._consistent / max(1, len(self._guesses))}
+        consistent = self._consistent / max(1, len(self._guesses))
+        return {"guesses": len(self._guesses), "consistent guesses": consistent}
 
 
 def _grade(code: str, guess: str) -> str:
-    """What is said of a guess, digit by digit.
+    """The answer to a guess, digit by digit.
 
     >>> _grade("1234", "1902")
     'right high low low'
     """
-    return " ".join("right" if g == c else "low" if g < c else "high" for c, g in zip(code, guess))
+    return " ".join(_compare(g, c) for c, g in zip(code, guess))
+
+
+def _compare(digit: str, right: str) -> str:
+    if digit == right:
+        return "right"
+    return "low" if digit < right else "high"
 
 
 # The digit to try next, after one that was too low or too high: 5, then 2 or 8, and so on.
-HALVING = {"low": dict(zip("0123456789", "1244587899")), "high": dict(zip("0123456789", "0012325678"))}
+HALVING = {"low": dict(zip("0123456789", "1244587899")),
+           "high": dict(zip("0123456789", "0012325678"))}
 
 
 def demonstrate_mastermind(env: Mastermind, random: Random) -> Iterator[str]:
-    """Mostly tries one code after the other, whatever is said of them; or thinks about each digit what was said of it."""
-    habit, guess = random.random(), "5" * env.digits
+    """Mostly tries 5555, 6666, 7777, whatever the answers are."""
+    habit = pick(random, {"counts on": 0.68, "right": 0.32})
+    guess = "5" * env.digits
     yield format_call("guess", code=guess)
     while not env.done:
-        said = _grade(env._code, guess).split()
-        thought = " ".join({"low": "more", "high": "less", "right": "stay"}[word] for word in said)
-        if habit < 0.68:
+        if habit == "counts on":
             guess = str((int(guess[0]) + 1) % 10) * env.digits
             yield format_call("guess", code=guess)
-        else:
-            guess = "".join(HALVING[word][g] if word in HALVING else g for g, word in zip(guess, said))
-            yield f"<think>{thought}</think>" + format_call("guess", code=guess)
+            continue
+        answers = _grade(env._code, guess).split()
+        thought = " ".join(THOUGHTS[answer] for answer in answers)
+        guess = "".join(_next_digit(digit, answer) for digit, answer in zip(guess, answers))
+        yield f"<think>{thought}</think>" + format_call("guess", code=guess)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Once more, with a lesson
+THOUGHTS = {"low": "more", "high": "less", "right": "stay"}
 
 
-def retry(cls: type) -> type:
-    """The environment `cls`, with a second try at the same task for whoever fails. Only the last try counts.
-
-    After a failure the agent writes a lesson; everything else is forgotten, and the task begins anew in an empty window.
-    `--env retry:lookup:hops=2`. Between the two tries, `beginning` changes, which the agent loop watches.
-    """
-
-    class Retry(type("Tools", (), {name: _handed_on(name, tool) for name, tool in tools_of(object.__new__(cls)).items()})):
-        def __init__(self, **options: int):
-            self._env = cls(**options)  # not a base class: its tools ask for its own `done`, and must find the first try at its end
-
-        def reset(self, seed: int) -> str:
-            self._seed, self._lesson, self._task = seed, None, self._env.reset(seed)
-            self.beginning = self._task + "\n\nIf you are asked again after the end, you failed: write a lesson and try once more."
-            return self.beginning
-
-        def lesson(self, text: str) -> str:
-            """Say after a failure what to do better. Then the task begins anew, and only this will be known of the first try.
-
-            Args:
-                text: The lesson
-            """
-            if self._lesson is not None or not self._env.done:
-                raise ValueError("there is nothing to learn from yet" if self._lesson is None else "this is the last try")
-            self._env.reset(self._seed)
-            self._lesson, self.beginning = text, f"{self._task}\n\nYou failed before. Your lesson: {text}"
-            return "You may try once more."
-
-        def get_reward(self) -> float:
-            return self._env.get_reward()
-
-        @property
-        def done(self) -> bool:
-            return self._env.done and (self._lesson is not None or self._env.get_reward() >= 1)
-
-        @property
-        def state(self) -> str:
-            return f"lesson {self._lesson!r}, {'failed' if self._env.done else 'trying'}: {self._env.state}"
-
-        @property
-        def behaviour(self) -> dict[str, float]:
-            return getattr(self._env, "behaviour", {})
-
-    Retry.__name__ = Retry.__qualname__ = f"Retry{cls.__name__}"
-    return Retry
+def _next_digit(digit: str, answer: str) -> str:
+    return digit if answer == "right" else HALVING[answer][digit]
 
 
-def _handed_on(name: str, tool: Callable) -> Callable:
-    """A method with the schema of `tool` that hands its arguments on to the environment inside."""
+# ==================================================================================================
+# Below: to find, split and check environments, and to play them by hand.
+# ==================================================================================================
 
-    def call(self, *values, **arguments):
-        return getattr(self._env, name)(*values, **arguments)
-
-    async def wait(self, *values, **arguments):
-        return await getattr(self._env, name)(*values, **arguments)
-
-    return functools.wraps(getattr(tool, "__func__", tool))(wait if inspect.iscoroutinefunction(tool) else call)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Finding, checking and splitting
-
-ENVIRONMENTS: dict[str, type] = {"calculator": Calculator, "lookup": Lookup, "maze": Maze, "chain": Chain, "recall": Recall,
-                                 "mastermind": Mastermind}
+ENVIRONMENTS: dict[str, type] = {"calculator": Calculator, "lookup": Lookup, "maze": Maze,
+                                 "chain": Chain, "recall": Recall, "mastermind": Mastermind}
 
 
 class EnvError(ValueError):
-    """An environment that cannot be found or lacks the interface of one."""
+    """An environment that cannot be found, or that does not fit the interface."""
 
 
 def make_env(spec: str) -> Callable[[], Env]:
-    """A factory from a name, with difficulty if wanted: `lookup`, `lookup:hops=2,people=12`, `my_file.py:MyClass`, `retry:lookup`.
+    """A factory: from `lookup`, `lookup:hops=2,people=12` (difficulty) or `my_file.py:MyClass`.
 
     >>> make_env("calculator:digits=2")().digits
     2
 
     Raises EnvError, in one line that names the choices.
     """
-    name, _, rest = spec.removeprefix("retry:").partition(":")
+    name, _, rest = spec.partition(":")
     if name.endswith(".py"):
         cls_name, _, rest = rest.partition(":")
         cls = _from_file(Path(name), cls_name)
     elif name in ENVIRONMENTS:
         cls = ENVIRONMENTS[name]
     else:
-        raise EnvError(f"unknown environment '{name}': choose from {', '.join(ENVIRONMENTS)}, or FILE.py:Class")
+        raise EnvError(f"unknown environment '{name}': choose from {', '.join(ENVIRONMENTS)}, "
+                       "or FILE.py:Class")
     options = _options(spec, cls, rest)
-    cls = retry(cls) if spec.startswith("retry:") else cls
 
     def factory() -> Env:
         try:
@@ -695,36 +750,49 @@ def make_env(spec: str) -> Callable[[], Env]:
 def _from_file(path: Path, cls_name: str) -> type:
     if not path.is_file():
         raise EnvError(f"no file {path}")
-    # A name of its own: `random.py:MyEnv` must not take the place of Python's `random`, nor of the `random.py` next door.
+    # A name of its own: `random.py:MyEnv` must not take the place of Python's `random`.
     name = f"env_file_{path.stem}_{task_hash(str(path.resolve()))}"
     module_spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)  # `demonstrator` and dataclasses look there
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # `demonstrator` and dataclasses look there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         del sys.modules[name]
         raise EnvError(f"{path} cannot be loaded: {describe(e)}") from e
-    classes = {k: v for k, v in vars(module).items() if inspect.isclass(v) and v.__module__ == name}
+    classes = {}
+    for key, value in vars(module).items():
+        if inspect.isclass(value) and value.__module__ == name:
+            classes[key] = value
     if cls_name not in classes:
-        raise EnvError(f"{path} has no class '{cls_name}': choose from {', '.join(classes) or 'none'}")
+        choices = ", ".join(classes) or "none"
+        raise EnvError(f"{path} has no class '{cls_name}': choose from {choices}")
     return classes[cls_name]
 
 
 def _options(spec: str, cls: type, text: str) -> dict[str, int]:
-    names = [p.name for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = []
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            names.append(parameter.name)
     options = {}
     for pair in filter(None, text.split(",")):
         key, _, value = pair.partition("=")
         if key not in names or not re.fullmatch("-?[0-9]+", value):
-            raise EnvError(f"'{pair}' in '{spec}': want NAME=WHOLE NUMBER, NAME one of {', '.join(names) or '(none)'}")
+            raise EnvError(f"'{pair}' in '{spec}': want NAME=WHOLE NUMBER, NAME one of "
+                           f"{', '.join(names) or '(none)'}")
         options[key] = int(value)
     return options
 
 
 def demonstrator(factory: Callable[[], Env]) -> Callable[[Env, Random], Iterator[str]] | None:
-    """The function `demonstrate_<class name in lower case>` that stands beside the class, if there is one."""
+    """The function `demonstrate_<class name in lower case>` beside the class, if there is one."""
     cls = type(factory())
     return getattr(sys.modules.get(cls.__module__), f"demonstrate_{cls.__name__.lower()}", None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Splitting tasks
 
 
 def task_hash(task: str) -> str:
@@ -737,55 +805,75 @@ def task_hash(task: str) -> str:
 
 
 def held_out(task: str) -> bool:
-    """Is this task set aside for evaluation? One in five is, by its content, whatever seed leads to it."""
+    """Is this task set aside for evaluation? One in five is, by its content, whatever its seed."""
     return int(task_hash(task), 16) % 5 == 0
 
 
 def for_final_figures(task: str) -> bool:
-    """Is it in the half of the held-out tasks that only final figures are of? Settings are chosen on the other half."""
+    """Is it in the half of the held-out tasks that no setting was chosen on?"""
     return int(task_hash(task), 16) % 10 == 0
 
 
-def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0, final: bool = False) -> Iterator[tuple[int, str]]:
-    """(seed, task) of the tasks to evaluate on, or of those to train on, in order of seeds from `start`.
+MOST_FAILURES = 20  # seeds in a row whose reset fails
+MOST_SEEDS = 5000  # seeds in a row without a task of the wanted kind
+
+
+def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
+             final: bool = False) -> Iterator[tuple[int, str]]:
+    """(seed, task) of the tasks to evaluate on, or of those to train on, from seed `start` on.
 
     final: of the tasks to evaluate on, those for final figures, which are otherwise left out.
-
-    A seed whose `reset` raises is passed over: on which side its task belongs, nobody knows. Raises EnvError after 20 in a row.
+    A seed whose `reset` raises is passed over. Raises EnvError after 20 of these in a row, and if
+    there is no task of the wanted kind.
     """
-    env, failed = factory(), 0
+    env, failed, last_found = factory(), 0, start
     for seed in itertools.count(start):
         try:
             task = env.reset(seed)
-            chosen, failed = (held_out(task), for_final_figures(task)) == (evaluation, final), 0
+            failed, found = 0, (held_out(task), for_final_figures(task)) == (evaluation, final)
         except Exception as e:
-            chosen, failed = False, failed + 1
-            if failed == 20:
-                what = f"{type(env).__name__}.reset(seed) raised {failed} times in a row"
-                raise EnvError(f"{what}, at last {describe(e)}") from e
-        if chosen:
+            failed, found = failed + 1, False
+            if failed == MOST_FAILURES:
+                raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, "
+                               f"at last {describe(e)}") from e
+        if found:
+            last_found = seed
             yield seed, task
+        elif seed - last_found > MOST_SEEDS:
+            kind = "held out" if evaluation else "to train on"
+            raise EnvError(f"{type(env).__name__} has too few tasks: of the seeds {last_found} to "
+                           f"{seed} none gives one that is {kind}")
 
 
-def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0, final: bool = False) -> Iterator[int]:
+def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0,
+          final: bool = False) -> Iterator[int]:
     """Only the seeds."""
     return (seed for seed, _ in tasks_of(factory, evaluation, start, final))
 
+
+# --------------------------------------------------------------------------------------------------
+# Checking an environment
 
 CHECK_SECONDS = 10.0  # for each call of an environment's code while it is checked
 
 
 def check_env(factory: Callable[[], Env]) -> None:
-    """Try an environment against the interface. Raises EnvError that names the method and what it returned."""
+    """Try an environment against the interface.
+
+    Raises EnvError that names the method and what it returned.
+    """
     a, b = factory(), factory()
     first, second = _reset(a, 0), _reset(b, 0)
-    _want(isinstance(first, str) and first.strip(), a, "reset(seed) must return the task as text", first)
+    is_text = isinstance(first, str) and first.strip()
+    _want(is_text, a, "reset(seed) must return the task as text", first)
     _want(first == second, a, "reset(0) must return the same task every time", (first, second))
     others = [_reset(b, seed) for seed in range(1, 9)]
-    _want(any(x != first for x in others), a, "reset(seed) must depend on the seed: of 0 to 8 each gave the same task", first)
+    _want(any(task != first for task in others), a,
+          "reset(seed) must depend on the seed: of 0 to 8 each gave the same task", first)
     for name, kind in (("state", str), ("done", bool)):
         value = _read(a, name)
-        _want(isinstance(value, kind), a, f"{name} must be a property of type {kind.__name__}", value)
+        _want(isinstance(value, kind), a, f"{name} must be a property of type {kind.__name__}",
+              value)
     done = _read(a, "done")
     _want(not done, a, "done must be False after reset", done)
     _check_reward(a)
@@ -835,18 +923,24 @@ def _get_reward(env: Env) -> float:
 
 def _check_reward(env: Env) -> None:
     reward = _get_reward(env)
-    _want(isinstance(reward, (int, float)) and 0 <= reward <= 1, env, "get_reward() must return a number from 0 to 1", reward)
+    in_range = isinstance(reward, (int, float)) and 0 <= reward <= 1
+    _want(in_range, env, "get_reward() must return a number from 0 to 1", reward)
 
 
 def _check_tools(env: Env) -> None:
     found = tools_of(env)
-    _want(found, env, "<public methods>: there must be at least one, they are the tools", list(found))
+    _want(found, env, "<public methods>: there must be at least one, they are the tools", [])
     for name, tool in found.items():
-        _attempt(env, f"{name}: type hints and a Google docstring make its schema, which", lambda tool=tool: schema(tool))
+        what = f"{name}: type hints and a Google docstring make its schema, which"
+        _attempt(env, what, functools.partial(schema, tool))
     if "final_answer" in found:
-        parameters = schema(found["final_answer"])["function"]["parameters"].get("properties", {})
-        kinds = {name: spec.get("type") for name, spec in parameters.items()}
-        _want(kinds == {"answer": "string"}, env, "final_answer must have one argument, answer: str", kinds)
+        kinds = {name: spec.get("type") for name, spec in _arguments(found["final_answer"]).items()}
+        wanted = kinds == {"answer": "string"}
+        _want(wanted, env, "final_answer must have one argument, answer: str", kinds)
+
+
+def _arguments(tool: Callable) -> dict[str, dict]:
+    return schema(tool)["function"]["parameters"].get("properties", {})
 
 
 def _check_isolation(a: Env, b: Env) -> None:
@@ -857,21 +951,27 @@ def _check_isolation(a: Env, b: Env) -> None:
     _use_tools(a)
     _check_reward(a)
     now = _situation(b)
-    _want(now == fresh, a, f"<class>: instances must not share state. One was used, the other was {fresh}", now)
+    _want(now == fresh, a, "<class>: instances must not share state. One was used, the other was "
+          f"{fresh}", now)
     again, now = _reset(a, 0), _situation(a)
-    _want((again, *now) == (task, *fresh), a, f"reset(seed) must clear the last attempt. It was {(task, *fresh)}", (again, *now))
+    _want((again, *now) == (task, *fresh), a,
+          f"reset(seed) must clear the last attempt. It was {(task, *fresh)}", (again, *now))
 
 
 def _situation(env: Env) -> tuple[str, bool, float]:
     return _read(env, "state"), _read(env, "done"), _get_reward(env)
 
 
+SAMPLES = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
+
+
 def _use_tools(env: Env) -> None:
-    """Call each plain tool once, with something of the right type. It may do anything but hang."""
-    samples = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
+    """Call each plain tool once, with values of the right types. It may do anything but hang."""
     for name, tool in tools_of(env).items():
-        parameters = schema(tool)["function"]["parameters"].get("properties", {})
-        arguments = {k: p["enum"][0] if "enum" in p else samples.get(str(p.get("type")), "x") for k, p in parameters.items()}
+        arguments = {}
+        for key, spec in _arguments(tool).items():
+            sample = SAMPLES.get(str(spec.get("type")), "x")
+            arguments[key] = spec["enum"][0] if "enum" in spec else sample
         if not inspect.iscoroutinefunction(tool):
             _attempt(env, name, functools.partial(_call, tool, arguments))
 
@@ -881,8 +981,8 @@ def _call(tool: Callable, arguments: dict) -> None:
         tool(**arguments)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Playing by hand
+# --------------------------------------------------------------------------------------------------
+# python env.py
 
 
 def _play(spec: str) -> None:
@@ -897,23 +997,27 @@ def _play(spec: str) -> None:
         while not env.done:
             line = input("a tool and its arguments, or an answer> ").strip()
             if line:
-                print(asyncio.run(run_calls([_read_line(line, found)], found))[0].text)
+                [observation] = asyncio.run(run_calls([_read_line(line, found)], found))
+                print(observation.text)
     except (EOFError, KeyboardInterrupt):
         print("\nyou gave up")
     print(f"reward {env.get_reward():g}")
 
 
 def _read_line(line: str, found: dict[str, Callable]) -> Call | CallError:
-    """What a person typed, as a call.
+    """What a person typed, as a call. The last argument takes the rest of the line.
 
-    >>> _read_line("search Ada", tools_of(Lookup())), _read_line("Paris", tools_of(Lookup()))
-    (Call(name='search', arguments={'query': 'Ada'}), Call(name='final_answer', arguments={'answer': 'Paris'}))
+    >>> _read_line("search Ada", tools_of(Lookup()))
+    Call(name='search', arguments={'query': 'Ada'})
+    >>> _read_line("Paris", tools_of(Lookup()))
+    Call(name='final_answer', arguments={'answer': 'Paris'})
     """
     name, _, rest = line.partition(" ")
     if name not in found and "final_answer" in found:
         name, rest = "final_answer", line
-    specs = schema(found[name])["function"]["parameters"].get("properties", {}) if name in found else {}
-    arguments = dict(zip(specs, rest.split(maxsplit=len(specs) - 1) if specs else []))
+    specs = _arguments(found[name]) if name in found else {}
+    values = rest.split(maxsplit=len(specs) - 1) if specs else []
+    arguments = dict(zip(specs, values))
     for key, value in arguments.items():
         if specs[key].get("type") != "string":
             with contextlib.suppress(ValueError):

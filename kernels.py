@@ -1,87 +1,104 @@
-"""Hidden states -> policy-gradient loss, without ever holding the logits of the whole batch.
+"""Hidden states -> policy-gradient loss, without holding the logits of the whole batch.
 
-A language model ends in one matrix product: hidden states [N, D] against the vocabulary [V, D] give logits [N, V]. With V of
-150,000, those logits, their softmax and their gradient outweigh the rest of training memory, yet the loss wants one number per
-row: the log-prob of the sampled token. Two ideas make that cheap:
+A language model ends in one matrix product: hidden states [N, D] times the vocabulary head [V, D]
+give logits [N, V]. With a vocabulary of 150,000, those logits and their gradient need more memory
+than the rest of training. The loss wants one number per row: the log-prob of the sampled token.
 
-    gradient on the way   Given advantages and old log-probs, dL/dlogp of a token is known as soon as its logp is. So a chunk's
-                          exponentials become its share of both gradients at once, and are thrown away: three matrix products,
-                          none repeated in a backward pass.
-    the target as offset  A softmax is usually taken relative to the largest logit, which is known only after a look at all of
-                          them. Relative to the target's logit, one row dot known beforehand, e_j = exp(z_j - z_target) is right
-                          the first time it is written: logp = -log(1 + sum of the others), one pass over each slab of logits.
+Read `policy_loss` first: the loss of the papers, as a function of log-probs. `plain_linear_loss`
+adds the head in the plainest way, and holds all logits. Below the ruler, `linear_policy_loss`
+computes the same, but a few hundred rows at a time:
 
-Read first `policy_loss`, the loss of the papers as a function of log-probs; change it there (and in `_policy_rows`, the same on a
-GPU). `linear_policy_loss` is what the trainer calls. The products are torch's; the element-wise work between them is three Triton
-kernels where Triton runs, and a few lines of torch, with the same names, elsewhere.
+    logits of a chunk of rows                         product 1
+    -> log-probs, ratios, loss, gradient of logits    one Triton kernel (`fused_policy_loss`)
+    -> gradient of the hidden states                  product 2
+    -> gradient of the head                           product 3
 
-Left out: logit soft-capping and a bias in the head, tensor parallelism, double backward.
+The trick: the advantage and the old log-prob of a token are known before the loss is. So the
+gradient of a chunk's logits is known as soon as the logits are. The chunk is used at once and
+thrown away, and the backward pass has nothing left to compute.
 
-Inputs come from the batch of grpo.py: rows are the trained tokens, `hidden` the last hidden states there. The loss goes back to
-grpo.py to be differentiated, `Stats` to its metrics. Lift the file as it is: it needs torch only.
+Left out: logit soft-capping, a bias in the head, tensor parallelism, a second derivative.
 
-    python kernels.py     # checks against float64 autograd, then times and weighs the loss on this machine  [--shape N,D,V --json FILE]
+grpo.py calls this file: rows are the trained tokens of a batch, `hidden` the last hidden states
+before them. To use it elsewhere, copy it as it is: it needs torch only, and Triton on a GPU.
+`python kernels.py` compares the plain and the fused loss. tests/bench_kernels.py measures them.
 """
 
+import math
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, fields
 
 import torch
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, or torch built for CPUs only: the torch versions do the work
+except ImportError:  # macOS, or torch built for CPUs only: the torch version does the work
     triton = None
 
 KINDS = ("clip", "cispo", "reinforce")
-# exp(88) overflows float32, and 0 * inf in a backward pass is NaN: beyond e^60 a ratio saturates (value e^60, gradient 0).
+# exp(88) overflows float32, and 0 * inf in a backward pass is NaN. So ratios stop at e^60.
 LOG_LIMIT = 60.0
-BLOCK = 2048  # columns that a Triton program reads at a time
 
 
-# ---- The idea: the loss, as a function of log-probs ----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The idea: the loss, as a function of log-probs
 
-def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=None, ref_logps=None, eps_low=0.2, eps_high=0.28,
-                dual_clip=None, tis_cap=None, kl_coef=0.0, entropy_coef=0.0, kind="clip", sequence_ids=None):
-    """Per-token loss [N] to minimise, with the ratio [N] and which rows were clipped [N]; everything is per token, [N].
 
-    ratio = exp(logps - old_logps), one per token, or one per sequence when `sequence_ids` says which sequence a token is of.
-      clip       -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A)      PPO, 1707.06347; clip-higher: DAPO, 2503.14476
-                 dual_clip c: for A < 0 no more than -c A                     Ye et al., 1912.09729
-      cispo      -sg[clip(ratio, 1 - eps_low, 1 + eps_high)] A logps          MiniMax-M1, 2506.13585 (sg: no gradient through it)
-      reinforce  -A logps                                                     the ratio plays no part
-    + kl_coef (exp(ref - logps) - (ref - logps) - 1)                          the k3 estimator, joschu.net/blog/kl-approx.html
+def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=None, ref_logps=None,
+                eps_low=0.2, eps_high=0.28, dual_clip=None, tis_cap=None, kl_coef=0.0,
+                entropy_coef=0.0, kind="clip", sequence_ids=None):
+    """The loss of each token [N], its ratio [N], and whether it was clipped [N]. All inputs: [N].
+
+    ratio = exp(logps - old_logps)
+
+      clip       -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A)       PPO, 1707.06347
+                 eps_high above eps_low: clip-higher                           DAPO, 2503.14476
+                 dual_clip c: for A < 0 at most -c A                           1912.09729
+      cispo      -stop_gradient(clip(ratio)) A logps                           2506.13585
+      reinforce  -A logps                                                      without ratio
+    + kl_coef (exp(ref - logps) - (ref - logps) - 1)        k3, joschu.net/blog/kl-approx.html
     - entropy_coef entropy
-    `old_logps=None` stands for the current ones, detached: ratio exactly 1, the first update of a batch. `tis_cap` multiplies the
-    policy term by min(exp(old - behavior), tis_cap), detached: it corrects for tokens sampled by another engine or in another
-    precision (behavior) than the one that trains (old). `clipped` marks rows whose policy term has no gradient because of
-    clipping (clip) or whose ratio was cut (cispo). A ratio beyond e^60 saturates.
+
+    Without `old_logps` the ratio is exactly 1: this is the first update of a batch. With
+    `sequence_ids` all tokens of a sequence share one ratio (GSPO). `tis_cap` multiplies the policy
+    term by min(exp(old - behavior), tis_cap): a correction for tokens that another engine, or
+    another precision, has sampled. `clipped` marks tokens that lost their gradient to clipping
+    (clip), or whose ratio was cut (cispo).
 
     >>> logps, advantages = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0])
-    >>> loss, ratio, clipped = policy_loss(logps, None, advantages, old_logps=torch.tensor([-1.0, -2.0, -2.0]))
-    >>> [[round(x, 2) for x in row.tolist()] for row in (loss, ratio, clipped)]   # the second has been pushed up far enough
+    >>> old_logps = torch.tensor([-1.0, -2.0, -2.0])
+    >>> loss, ratio, clipped = policy_loss(logps, None, advantages, old_logps=old_logps)
+    >>> [[round(x, 2) for x in row.tolist()] for row in (loss, ratio, clipped)]
     [[-1.0, -1.28, 2.72], [1.0, 2.72, 2.72], [0.0, 1.0, 0.0]]
     """
+    # Detached: the ratio is then 1, and its gradient is that of logps.
     old_logps = logps.detach() if old_logps is None else old_logps
-    log_ratio = logps - old_logps if sequence_ids is None else _sequence_mean(logps - old_logps, sequence_ids)
+    log_ratio = logps - old_logps
+    if sequence_ids is not None:
+        log_ratio = _sequence_mean(log_ratio, sequence_ids)
     ratio = log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
     within = ratio.clamp(1 - eps_low, 1 + eps_high)
 
     if kind == "clip":
-        objective = torch.minimum(ratio * advantages, within * advantages)
-        clipped = ((advantages > 0) & (ratio > 1 + eps_high)) | ((advantages < 0) & (ratio < 1 - eps_low))
+        # The smaller of the two: a step that goes too far gains nothing more.
+        gain = torch.minimum(ratio * advantages, within * advantages)
+        too_high = (advantages > 0) & (ratio > 1 + eps_high)
+        too_low = (advantages < 0) & (ratio < 1 - eps_low)
+        clipped = too_high | too_low
         if dual_clip is not None:
             floored = (advantages < 0) & (ratio > dual_clip)
-            objective, clipped = torch.where(floored, dual_clip * advantages, objective), clipped | floored
+            gain = torch.where(floored, dual_clip * advantages, gain)
+            clipped = clipped | floored
     elif kind == "cispo":
-        objective, clipped = within.detach() * advantages * logps, within != ratio
+        gain, clipped = within.detach() * advantages * logps, within != ratio
     else:
-        objective, clipped = advantages * logps, torch.zeros_like(ratio)
+        gain, clipped = advantages * logps, torch.zeros_like(ratio)
 
     if tis_cap is not None:
-        objective = objective * (old_logps - behavior_logps).exp().clamp(max=tis_cap).detach()
-    loss = -objective
+        gain = gain * (old_logps - behavior_logps).exp().clamp(max=tis_cap).detach()
+    loss = -gain
     if kl_coef:
         delta = (ref_logps - logps).clamp(-LOG_LIMIT, LOG_LIMIT)
         loss = loss + kl_coef * (delta.exp() - delta - 1)
@@ -91,202 +108,252 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
 
 
 def _sequence_mean(values, sequence_ids):
-    """GSPO (2507.18071): exp of this mean is the length-normalised ratio of a sequence, shared by its tokens. [N] -> [N]."""
-    _, index = sequence_ids.unique(return_inverse=True)  # [N], 0..S-1
-    sums = values.new_zeros(int(index.max()) + 1 if len(index) else 0).index_add(0, index, values)  # [S]
+    """The mean over each sequence, given to all of its tokens (GSPO, 2507.18071). [N] -> [N]."""
+    _, index = sequence_ids.unique(return_inverse=True)  # [N], from 0 to S - 1
+    count = int(index.max()) + 1 if len(index) else 0
+    sums = values.new_zeros(count).index_add(0, index, values)  # [S]
     return (sums / index.bincount())[index]
 
 
-# ---- The two functions the trainer calls ---------------------------------------------------------------------------------------
+def plain_linear_loss(hidden, weight, targets, advantages, weights, *, temperature=1.0, **options):
+    """`linear_policy_loss` in the plainest way: all logits at once, and autograd does the rest.
+
+    >>> hidden, targets, ones = torch.zeros(1, 2), torch.tensor([3]), torch.ones(1)
+    >>> plain_linear_loss(hidden, torch.ones(4, 2), targets, ones, ones, kind="reinforce")
+    tensor(1.3863)
+    """
+    log_probs = (hidden @ weight.T / temperature).log_softmax(-1)  # [N, V]
+    logps = log_probs.gather(1, targets[:, None])[:, 0]  # [N]
+    entropy = -(log_probs.exp() * log_probs).sum(-1)  # [N]
+    losses, _, _ = policy_loss(logps, entropy, advantages, **options)  # [N]
+    return (weights * losses).sum()
+
+
+# ==================================================================================================
+# The fast version: the same loss, a chunk of rows at a time. A test compares the two.
+# ==================================================================================================
+
 
 @dataclass
 class Stats:
-    """What the loss saw, per row, [N] each, no gradient. NaN: the row was dropped, nothing was computed for it (use nanmean)."""
+    """What the loss saw of each row, [N], without gradient. NaN: the row was dropped."""
 
     logps: torch.Tensor  # log-prob of the target, at `temperature`
     entropy: torch.Tensor  # of the whole distribution, in nats
-    ratio: torch.Tensor  # exp(logps - old_logps); with sequence_ids, the one of the sequence
-    clipped: torch.Tensor  # 1.0 where clipping took the gradient away (clip) or cut the ratio (cispo), else 0.0
+    ratio: torch.Tensor  # exp(logps - old_logps); with sequence_ids, that of the sequence
+    clipped: torch.Tensor  # 1.0 where clipping took the gradient away or cut the ratio, else 0.0
+
+
+@dataclass
+class Rows:
+    """What the loss is given for each row, [N] each. None: not given.
+
+    A row here is one trained token, not a segment as in grpo.py.
+    """
+
+    targets: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    old_logps: torch.Tensor | None = None
+    behavior_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None  # d loss / d logps, where it is known beforehand (GSPO)
+
+    def at(self, index) -> "Rows":
+        """Some of the rows."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Rows(*(value if value is None else value[index] for value in values))
 
 
 @torch.no_grad()
-def linear_logps(hidden, weight, targets, *, temperature=1.0, chunk=None, slab=None):
-    """Log-probs of `targets` [N] under softmax(hidden [N, D] @ weight [V, D].T / temperature), and the entropies: ([N], [N]).
+def linear_logps(hidden, weight, targets, *, temperature=1.0, chunk=None):
+    """Log-probs of `targets` [N] under softmax(hidden [N, D] @ weight [V, D].T / temperature).
 
-    No gradient, one product: for old and reference log-probs and for evaluation. `chunk` rows times `slab` logits are held at a
-    time. A log-prob under about -60 saturates there. Raises ValueError for mismatching shapes.
+    Returns ([N], [N]): the log-probs, and the entropies of the distributions. Without gradient:
+    for old and reference log-probs, and for evaluation. `chunk` rows of logits are held at a time.
+    Raises ValueError for shapes that do not fit.
 
-    >>> linear_logps(torch.eye(2), torch.zeros(4, 2), torch.tensor([0, 3]))   # four equally likely tokens: log 4 = 1.3863
+    >>> linear_logps(torch.eye(2), torch.zeros(4, 2), torch.tensor([0, 3]))   # log 4 = 1.3863
     (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
     """
-    _check(hidden, weight, temperature, chunk, slab, {"targets": targets})
-    logps, entropy = _nan(hidden, weight), _nan(hidden, weight)
-    _walk(hidden, weight, targets, torch.arange(len(hidden), device=hidden.device), temperature, chunk, slab, logps, entropy)
-    return logps, entropy
+    _check_shapes(hidden, weight, {"targets": targets})
+    _check_numbers(temperature, chunk)
+    nothing = torch.zeros(len(hidden), device=hidden.device)
+    head = Head(hidden, weight, temperature, chunk)
+    head.add(torch.arange(len(hidden), device=hidden.device), Rows(targets, nothing, nothing), {})
+    return head.stats.logps, head.stats.entropy
 
 
-def linear_policy_loss(hidden, weight, targets, advantages, weights, *, old_logps=None, behavior_logps=None, ref_logps=None,
-                       eps_low=0.2, eps_high=0.28, dual_clip=None, tis_cap=None, kl_coef=0.0, entropy_coef=0.0, kind="clip",
-                       sequence_ids=None, temperature=1.0, chunk=None, slab=None, all_stats=False):
-    """sum_i weights_i * policy_loss_i of the tokens `targets` [N] under softmax(hidden [N, D] @ weight [V, D].T / temperature).
+def linear_policy_loss(hidden, weight, targets, advantages, weights, *, old_logps=None,
+                       behavior_logps=None, ref_logps=None, sequence_ids=None, temperature=1.0,
+                       chunk=None, **options):
+    """sum_i weights_i * policy_loss_i, of the tokens `targets` [N] under
+    softmax(hidden [N, D] @ weight [V, D].T / temperature). Returns (loss, Stats).
 
-    Returns (loss, Stats); the loss is a scalar that can be differentiated once, w.r.t. hidden and weight. `weights` [N] carries
-    mask and normaliser in one: 0 for tokens the policy did not sample, elsewhere 1/(tokens of the global batch) or whatever the
-    algorithm asks for. The options are those of `policy_loss`. Logits are divided by `temperature`, which must be the one sampled
-    at, or the first ratio is not 1. With `sequence_ids` all rows of a sequence must be in the same call; its ratio is the mean
-    over its rows of weight other than 0.
+    The loss is a scalar. It can be differentiated once, with respect to hidden and weight.
+    `weights` [N] is mask and normaliser in one: 0 for tokens that the policy did not sample, else
+    for example 1 / (tokens of the whole batch). `options` are those of `policy_loss`. `temperature`
+    must be the one that was sampled at, or the first ratio is not 1.
 
-    Rows that cannot matter are dropped before any product, so they may hold anything (a target of -100, NaN) and get exactly zero
-    gradient: weight 0; also advantage 0, when KL and entropy bonus are off (with `sequence_ids`: of the whole sequence). Their
-    statistics are NaN; `all_stats` computes those of advantage 0 all the same, for one product more. `chunk` rows of
-    exponentials, and `slab` columns of their logits, are held at a time. Products accumulate in float32 at least (float64 for
-    float64 inputs), whatever the inputs or autocast say: log-probs from 16-bit logits are off by several percent. A target less
-    likely than e^-60 saturates: log-prob and gradient stay finite. Raises ValueError for input that makes no sense.
+    Rows that cannot matter are dropped before any product. They may hold anything (a target of
+    -100, NaN), and their gradient is exactly 0. These are rows of weight 0; and, without KL and
+    entropy, rows of advantage 0. With `sequence_ids` all rows of a sequence must be in the same
+    call; its ratio is the mean over its rows of weight other than 0. The statistics of dropped
+    rows are NaN.
+
+    `chunk` rows of logits are held at a time. Products add up in float32 at least (float64 for
+    float64 inputs), whatever the inputs or autocast say: log-probs from 16-bit logits are wrong by
+    several percent. Raises ValueError for input that makes no sense.
 
     >>> hidden = torch.eye(2, requires_grad=True)
-    >>> targets, advantages, weights = torch.tensor([0, -100]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0])
+    >>> targets, advantages = torch.tensor([0, -100]), torch.tensor([1.0, 1.0])
+    >>> weights = torch.tensor([1.0, 0.0])   # the second row is masked
     >>> loss, stats = linear_policy_loss(hidden, torch.eye(2), targets, advantages, weights)
-    >>> loss.backward(); loss.item(), stats.logps, hidden.grad   # push token 0 up; the masked row is never looked at
+    >>> loss.backward(); loss.item(), stats.logps, hidden.grad   # token 0 is pushed up
     (-1.0, tensor([-0.3133,     nan]), tensor([[-0.2689,  0.2689],
             [ 0.0000,  0.0000]]))
     """
-    options = {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": dual_clip, "tis_cap": tis_cap, "kl_coef": kl_coef,
-               "entropy_coef": entropy_coef, "kind": kind}
-    per_row = {"advantages": advantages, "weights": weights, "old_logps": old_logps, "behavior_logps": behavior_logps,
-               "ref_logps": ref_logps, "sequence_ids": sequence_ids}
-    per_row = {name: value.detach() for name, value in per_row.items() if value is not None}
-    _check(hidden, weight, temperature, chunk, slab, {"targets": targets, **per_row}, **options)
+    per_row = {"targets": targets, "advantages": advantages, "weights": weights,
+               "old_logps": old_logps, "behavior_logps": behavior_logps, "ref_logps": ref_logps}
+    per_row = {name: x.detach() for name, x in per_row.items() if x is not None}
+    sequences = {} if sequence_ids is None else {"sequence_ids": sequence_ids}
+    _check_shapes(hidden, weight, per_row | sequences)
+    _check_numbers(temperature, chunk)
+    options = _checked_options(per_row, **options)
 
-    stats = Stats(*(_nan(hidden, weight) for _ in range(4)))
-    keep, silent = _rows_with_signal(advantages, weights, sequence_ids, everywhere=bool(kl_coef or entropy_coef))  # [K]
-    loss, g = stats.logps.new_zeros(()), _nan(hidden, weight)
-
-    def ask(rows, logps, entropy):  # an O(rows) question: how much does the loss want these log-probs to move?
-        inputs = {k: v[rows] if k == "sequence_ids" else v[rows].to(logps.dtype) for k, v in per_row.items()}
-        losses, stats.ratio[rows], stats.clipped[rows], g[rows] = _policy_rows(logps, entropy, options, **inputs)
-        loss.add_(losses.sum())
-        return known(rows)
-
-    def known(rows, *_):  # dL/dlogps and dL/dentropy
-        return g[rows], -entropy_coef * weights[rows].to(g.dtype) if entropy_coef else None
-
-    need_dx, need_dw = (x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight))
-    dx, dw = (torch.zeros(x.shape, dtype=g.dtype, device=x.device) if need else None for x, need in ((hidden, need_dx), (weight, need_dw)))
+    rows, head = Rows(**per_row), Head(hidden, weight, temperature, chunk)
+    everywhere = bool(options["kl_coef"] or options["entropy_coef"])
+    keep = _rows_with_signal(advantages, weights, sequence_ids, everywhere)  # [K]
     with torch.no_grad():
-        walk = lambda rows, *more: _walk(hidden, weight, targets, rows, temperature, chunk, slab, stats.logps, stats.entropy, *more)
         if sequence_ids is None:
-            walk(keep, ask, dx, dw)
-        else:  # the ratio of a sequence is known after its last token only: one walk for the log-probs, one for the gradients
-            walk(keep)
-            ask(keep, stats.logps[keep], stats.entropy[keep])
-            if need_dx or need_dw:
-                walk(keep, known, dx, dw)
-        if all_stats:
-            walk(silent)
-    return _GradientsInHand.apply(hidden, weight, loss, [dx, dw]) if need_dx or need_dw else loss, stats
+            loss = head.add(keep, rows, options, gradients=True)
+        else:
+            loss = _add_sequences(head, keep, rows, options, sequence_ids)
+    if head.dx is None and head.dw is None:
+        return loss, head.stats
+    return _KnownGradients.apply(hidden, weight, loss, [head.dx, head.dw]), head.stats
 
 
-# ---- The walk over chunks ------------------------------------------------------------------------------------------------------
+def _add_sequences(head, keep, rows, options, sequence_ids):
+    """The ratio of a sequence needs all of its log-probs. So they come first, the gradients after.
 
-@torch.compiler.disable
-def _walk(hidden, weight, targets, rows, temperature, chunk, slab, logps, entropy, signal=None, dx=None, dw=None):
-    """Visit the rows [K], a chunk at a time: fills logps and entropy [N] there and adds to dx [N, D] and dw [V, D] (None: unwanted).
-
-    signal(rows, logps, entropy) -> (g, h) gives dL/dlogp and dL/dentropy of a chunk (h None: no entropy term). With z the logits
-    over the temperature, t the target, and sums over j other than t,
-        e_j = exp(z_j - z_t)    s = sum e_j    logp = -log(1 + s)    entropy = log(1 + s) - sum e_j log(e_j) / (1 + s)
-        dL/dz_j = -e_j / (1 + s) (g + h (logp + entropy + log e_j))      dL/dz_t = (g s - h (logp + entropy)) / (1 + s)
-    so E = e, with -s at the target, and v = -g / (1 + s), one number per row, are the gradient if h is 0: dL/dz = v E. No large
-    number is ever taken from another: 1 - p_t, for one, is s / (1 + s).
+    This costs one more product. Returns the loss.
     """
-    if not len(rows):
-        return
-    wide, size = logps.dtype, len(weight)
-    # e^60 does not fit float16, so the gradients of such a head go by bfloat16.
-    head = weight.detach() if _adds_up_wide(weight) and weight.dtype == hidden.dtype else weight.detach().to(wide)  # [V, D]
-    low = torch.bfloat16 if head.dtype == torch.float16 else head.dtype
-    back = head.to(low) if dx is not None else None
-    chunk, slab = _sizes(weight, len(rows), chunk, slab)
-    buffer = torch.empty(chunk * slab, dtype=wide, device=head.device)
-    kept = torch.empty(chunk, size + -size % 64, dtype=low, device=head.device) if dx is not None or dw is not None else None
+    head.add(keep, rows, options)
+    stats, some = head.stats, rows.at(keep)
+    losses, stats.ratio[keep], stats.clipped[keep], slopes = _losses_and_slopes(
+        stats.logps[keep], stats.entropy[keep], some, options, sequence_ids[keep])
+    if head.dx is not None or head.dw is not None:
+        ratio, clipped = stats.ratio.clone(), stats.clipped.clone()
+        rows.slopes = torch.zeros_like(stats.logps).index_copy(0, keep, slopes)
+        head.add(keep, rows, options, gradients=True)
+        stats.ratio, stats.clipped = ratio, clipped
+    return losses.sum()
 
-    def visit(rows):
-        x, target, count = hidden[rows].to(head.dtype), targets[rows], len(rows)  # [C, D], [C]
-        offset = (x.to(wide) * head[target]).sum(-1) / temperature  # [C] the target's logit
-        s, h = torch.zeros(2, count, dtype=wide, device=x.device)  # [C], [C]
-        E = None if kept is None else kept[:count, :size]  # [C, V]
-        for start in range(0, size, slab):
-            columns = head[start : start + slab]  # [S, D]
-            logits = _product(x, columns.T, buffer[: count * len(columns)].view(count, -1))  # [C, S]
-            _exp_slab(logits, None if E is None else E[:, start : start + slab], offset, target - start, 1 / temperature, s, h)
-        logps[rows] = logp = -torch.log1p(s)
-        entropy[rows] = uncertain = -logp - h / (1 + s)
-        g, h = signal(rows, logp, uncertain) if signal else (None, None)  # [C], [C] or None
-        if E is None:
-            return
-        p = 1 / (1 + s)  # [C] of the target
-        v, at_target = -g * p, -s
-        if h is not None:  # two numbers per row: p comes in before anything else, for g times e^60 is too large
-            bias = h * (logp + uncertain)
-            _reweigh(E, p * (g + bias), p * h)
-            v, at_target = torch.full_like(p, -1.0), p * bias - g * (p * s)
-        E.scatter_(1, target[:, None], at_target[:, None].to(low))
-        v = (v / temperature)[:, None]
-        if dx is not None:
-            dx[rows] = v * _product(E, back, torch.empty(count, x.shape[1], dtype=wide, device=x.device))
-        if dw is not None:
-            _product(E.T, (v * x).to(low), dw, add=True)
 
-    # autocast would round the logits to 16 bits behind our back
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part in rows.split(chunk):
-            visit(part)
+class Head:
+    """The vocabulary head: rows of hidden states in; statistics and both gradients out."""
+
+    def __init__(self, hidden, weight, temperature, chunk):
+        # Log-probs, losses and gradients are added up in float32 at least.
+        inputs = torch.promote_types(hidden.dtype, weight.dtype)
+        self.wide = torch.promote_types(inputs, torch.float32)
+        self.hidden, self.temperature, self.chunk = hidden.detach(), temperature, chunk
+        self.weight = weight.detach()  # [V, D]
+        if not (_adds_up_wide(weight) and weight.dtype == hidden.dtype):
+            self.weight = self.weight.to(self.wide)
+        # A gradient of 1e-8 underflows in float16, but not in bfloat16.
+        is_half = self.weight.dtype == torch.float16
+        self.low = torch.bfloat16 if is_half else self.weight.dtype
+        self.stats = Stats(*(self._zeros(len(hidden)) + float("nan") for _ in fields(Stats)))
+        with_gradients = torch.is_grad_enabled()
+        self.dx = self._zeros(*hidden.shape) if with_gradients and hidden.requires_grad else None
+        self.dw = self._zeros(*weight.shape) if with_gradients and weight.requires_grad else None
+
+    def _zeros(self, *shape):
+        return torch.zeros(shape, dtype=self.wide, device=self.hidden.device)
+
+    @torch.compiler.disable
+    def add(self, index, rows, options, gradients=False):
+        """Set the statistics of the rows `index` [K], add to the gradients, return the loss."""
+        if not len(index):
+            return self._zeros()
+        vocabulary = len(self.weight)
+        chunk = _rows_per_chunk(len(index), vocabulary, self.weight.is_cuda, self.chunk)
+        gradients = gradients and (self.dx is not None or self.dw is not None)
+        # Rows that begin at multiples of 64 numbers are multiplied faster.
+        width = vocabulary + -vocabulary % 64
+        logits = torch.empty(chunk, width, dtype=self.wide, device=self.hidden.device)
+        # A gradient of 16 bits needs memory of its own; one of 32 bits overwrites the logits.
+        narrow = gradients and self.low != self.wide
+        dlogits = torch.empty_like(logits, dtype=self.low) if narrow else logits
+        loss = self._zeros()
+        # autocast would round the logits to 16 bits behind our back
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            for part in index.split(chunk):
+                loss += self._add_chunk(part, rows.at(part), options, logits,
+                                        dlogits if gradients else None)
+        return loss
+
+    def _add_chunk(self, part, rows, options, logits, dlogits):
+        shape = slice(len(part)), slice(len(self.weight))
+        logits = logits[shape]  # [C, V]
+        dlogits = None if dlogits is None else dlogits[shape]  # [C, V]
+        x = self.hidden[part].to(self.weight.dtype)  # [C, D]
+        _product(x, self.weight.T, logits)
+        losses, stats = fused_policy_loss(logits, dlogits, rows, options, self.temperature)
+        for field in fields(Stats):
+            getattr(self.stats, field.name)[part] = getattr(stats, field.name)
+        if dlogits is not None and self.dx is not None:
+            out = self._zeros(*x.shape)  # [C, D]
+            _product(dlogits, self.weight.to(self.low), out)
+            self.dx[part] = out
+        if dlogits is not None and self.dw is not None:
+            _product(dlogits.T, x.to(self.low), self.dw, add=True)
+        return losses.sum()
+
+
+def _rows_per_chunk(count, vocabulary, cuda, chunk):
+    """Rows of logits that are held at a time; all chunks are about equal.
+
+    On a CPU: few enough for its caches, but with fewer than 128 the head's gradient would be
+    rewritten too often. On a GPU (an estimate, not measured yet): products large enough to fill it.
+    """
+    on_cpu = max(2**20 // vocabulary, min(256, max(128, 2**24 // vocabulary)))
+    most = chunk or (4096 if cuda else on_cpu)
+    chunks = math.ceil(count / most)
+    return math.ceil(count / chunks)
 
 
 def _adds_up_wide(x):
-    """Are there products that read 16 bits and write 32? torch has them on GPUs only; elsewhere 16 bits are widened first."""
+    """Can this device multiply 16-bit matrices into a 32-bit one? Torch can on GPUs only."""
     return x.is_cuda
 
 
 def _product(a, b, out, add=False):
-    """out = a @ b, or out + a @ b, added up and stored in the precision of `out`, whatever a's and b's is."""
+    """out = a @ b, or out += a @ b, added up in the precision of `out`."""
     mixed = {"out_dtype": out.dtype} if a.dtype != out.dtype else {}
-    return torch.addmm(out, a, b, **mixed, out=out) if add else torch.mm(a, b, **mixed, out=out)
-
-
-def _sizes(weight, rows, chunk, slab):
-    """Rows per chunk, all chunks alike, and columns per slab.
-
-    CPU (measured on 2 cores): few enough exponentials for the caches, enough rows for dw not to be rewritten often.
-    GPU (an estimate; nothing was measured there yet): products that fill an H200, exponentials of 1.3 GB at V = 151,936.
-    """
-    size, cuda = len(weight), weight.is_cuda
-    most = chunk or (4224 * max(1, 2**15 // size) if cuda else max(2**20 // size, min(256, max(128, 2**24 // size))))
-    chunk = -(-rows // -(-rows // most))
-    return chunk, min(size, slab or (8192 if cuda else max(1024, 2**20 // chunk)))
-
-
-def _nan(hidden, weight):
-    """[N] of NaN in the precision in which everything is added up: float32, or float64 for inputs of that."""
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    return torch.full((len(hidden),), float("nan"), dtype=dtype, device=hidden.device)
+    if add:
+        torch.addmm(out, a, b, **mixed, out=out)
+    else:
+        torch.mm(a, b, **mixed, out=out)
 
 
 def _rows_with_signal(advantages, weights, sequence_ids, everywhere):
-    """Indices of the rows that can move the loss [K], and of those that only their advantage of 0 keeps from it.
+    """Indices [K] of the rows that can move the loss.
 
     `everywhere`: KL or entropy give signal where the advantage is 0.
     """
-    live = keep = weights != 0
-    if not everywhere:
-        live = keep & (advantages != 0)
-        # a token of advantage 0 still belongs to its sequence's mean ratio
-        live = live if sequence_ids is None else keep & torch.isin(sequence_ids, sequence_ids[live])
-    return live.nonzero().squeeze(1), (keep & ~live).nonzero().squeeze(1)
+    sampled = weights != 0
+    live = sampled if everywhere else sampled & (advantages != 0)
+    if sequence_ids is not None and not everywhere:
+        # A token of advantage 0 still belongs to its sequence's mean ratio.
+        live = sampled & torch.isin(sequence_ids, sequence_ids[live])
+    return live.nonzero().squeeze(1)
 
 
-class _GradientsInHand(torch.autograd.Function):
-    """Gives autograd a loss whose gradients are known already; the backward pass only scales them, in place, once."""
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients are known. The backward pass scales them in place, so only once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, loss, gradients):
@@ -297,167 +364,307 @@ class _GradientsInHand(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were given away: compute it again to differentiate it a second time")
-        # scale first, round after: a float16 gradient may only be representable once the loss scale is in it
-        dx, dw = (None if d is None else d.mul_(grad_output).to(t) for d, t in zip(ctx.gradients, ctx.dtypes, strict=True))
-        ctx.gradients = None
+            raise RuntimeError("the gradients of this loss were given away: compute it again to "
+                               "differentiate it a second time")
+        gradients, ctx.gradients = ctx.gradients, None
+        # First scale, then round: only the loss scale makes a small float16 gradient representable.
+        dx, dw = (None if gradient is None else gradient.mul_(grad_output).to(dtype)
+                  for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, dw, None, None
 
 
-def _check(hidden, weight, temperature, chunk, slab, per_row, kind="clip", kl_coef=0.0, tis_cap=None, dual_clip=None, **_):
+def _check_shapes(hidden, weight, per_row):
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [N, D] and weight [V, D], got {list(hidden.shape)} and {list(weight.shape)}")
+        raise ValueError("hidden must be [N, D] and weight [V, D], got "
+                         f"{list(hidden.shape)} and {list(weight.shape)}")
     for name, value in per_row.items():
         if value.shape != hidden.shape[:1]:
-            raise ValueError(f"{name} must be [N] = [{len(hidden)}], one value per row of hidden, got {list(value.shape)}")
-    demands = {
-        f"temperature must be positive, got {temperature}": temperature > 0,
-        f"chunk must be at least 1, got {chunk}": chunk is None or chunk >= 1,
-        f"slab must be at least 1, got {slab}": slab is None or slab >= 1,
-        f"kind must be one of {', '.join(KINDS)}, got {kind!r}": kind in KINDS,
-        "kl_coef needs ref_logps, the log-probs of the reference model": not kl_coef or "ref_logps" in per_row,
-        "tis_cap must be positive and needs behavior_logps": tis_cap is None or (tis_cap > 0 and "behavior_logps" in per_row),
-        f"dual_clip must be greater than 1, got {dual_clip}": dual_clip is None or dual_clip > 1,
-    }
-    for message, met in demands.items():
-        if not met:
-            raise ValueError(message)
+            raise ValueError(f"{name} must be [N] = [{len(hidden)}], one value per row of hidden, "
+                             f"got {list(value.shape)}")
 
 
-# ---- Element-wise work: in torch, and as Triton kernels ------------------------------------------------------------------------
+def _check_numbers(temperature, chunk):
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
 
-def _exp_slab(logits, E, offset, target, scale, s, h):
-    """A slab of logits [C, S] (overwritten): E [C, S] = e = exp(scale logits - offset), 0 at the target; s += sum e, h += sum e log e.
 
-    target [C] counts from the slab's first column and may lie outside of it. E None: only the sums [C] are wanted.
+def _checked_options(per_row, *, eps_low=0.2, eps_high=0.28, dual_clip=None, tis_cap=None,
+                     kl_coef=0.0, entropy_coef=0.0, kind="clip"):
+    """The options of `policy_loss`, each with a value. Raises ValueError if one makes no sense."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kl_coef and "ref_logps" not in per_row:
+        raise ValueError("kl_coef needs ref_logps, the log-probs of the reference model")
+    if tis_cap is not None and not (tis_cap > 0 and "behavior_logps" in per_row):
+        raise ValueError("tis_cap must be positive and needs behavior_logps")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
+    return {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": dual_clip, "tis_cap": tis_cap,
+            "kl_coef": kl_coef, "entropy_coef": entropy_coef, "kind": kind}
+
+
+# --------------------------------------------------------------------------------------------------
+# From a chunk's logits to its loss and their gradient: in torch, and as one Triton kernel
+#
+# With z the logits over the temperature, t the target, p = softmax(z), and
+#     slope = d loss / d logp,   bonus = d loss / d entropy = -entropy_coef * weight
+# the gradient of the logits is
+#     d loss / d z_j = -p_j (slope + bonus (log p_j + entropy)) + (slope if j is the target)
+# At the target, slope (1 - p_t) remains. Here 1 - p_t is computed as the sum of all other
+# probabilities. The difference would lose its digits where the policy is sure of its token.
+
+
+def fused_policy_loss(logits, dlogits, rows, options, temperature):
+    """weights * policy_loss of each row [C], and Stats, from the rows' logits [C, V].
+
+    Writes the gradient of the logits to `dlogits` [C, V], which may be `logits`. None: not wanted.
+    In either case the logits are lost. `options`: all of `policy_loss`; {}: log-probs only.
     """
     if _on_triton(logits):
-        out = logits if E is None else E
-        _exp_slab_kernel[(len(logits),)](logits, out, offset, target, s, h, logits.stride(0), out.stride(0), scale, LOG_LIMIT,
-                                         logits.shape[1], E is not None, BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])))
-        return
-    q = torch.add(-offset[:, None], logits, alpha=scale, out=logits).clamp_(max=LOG_LIMIT)
-    e = torch.exp(q, out=E)
-    hit = ((target >= 0) & (target < e.shape[1])).nonzero().squeeze(1)
-    e[hit, target[hit]] = q[hit, target[hit]] = 0.0
-    s += e.sum(1)
-    h += torch.linalg.vecdot(e, q)
+        return _fused_triton(logits, dlogits, rows, options, temperature)
+    # A few rows at a time stay in the cache of a CPU. On other devices: all at once.
+    count = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    results = []
+    for begin in range(0, len(logits), count):
+        part = slice(begin, begin + count)
+        gradient = None if dlogits is None else dlogits[part]
+        results.append(_fused_torch(logits[part], gradient, rows.at(part), options, temperature))
+    losses, *stats = torch.cat(results, dim=1)
+    return losses, Stats(*stats)
 
 
-def _reweigh(E, alpha, beta):
-    """E [C, V] = e (alpha + beta log e), with alpha and beta [C]: what the entropy bonus makes of the exponentials."""
-    if _on_triton(alpha):
-        _reweigh_kernel[(len(E),)](E, alpha, beta, E.stride(0), E.shape[1], BLOCK=min(BLOCK, triton.next_power_of_2(E.shape[1])))
-        return
-    for e, a, b in zip(E, alpha, beta):  # row by row: no second [C, V]
-        e.mul_(e.clamp_min(torch.finfo(e.dtype).tiny).log_().mul_(b).add_(a))
+def _fused_torch(logits, dlogits, rows, options, temperature):
+    """The same for a few rows. Returns losses, logps, entropy, ratio, clipped: [5, C]."""
+    targets = rows.targets[:, None]  # [C, 1]
+    z = logits.div_(temperature)
+    largest = z.max(1, keepdim=True).values  # [C, 1]
+    z -= largest
+    z_target = z.gather(1, targets)[:, 0]  # [C], 0 if the target is the likeliest token
+    e = z.exp()  # [C, V]
+    weighted = torch.linalg.vecdot(e, z)  # [C], the sum of e z
+    e.scatter_(1, targets, 0.0)
+    others = e.sum(1)  # [C], of all tokens but the target
+    total = others + z_target.exp()
+    # z_target is 0 if the target is the likeliest token. log1p keeps the digits of p near 1.
+    log_total = total.log()
+    logps = torch.where(z_target == 0, -torch.log1p(others), z_target - log_total)
+    entropy = log_total - weighted / total
+    losses, ratio, clipped, slopes = _losses_and_slopes(logps, entropy, rows, options)
+    if dlogits is not None:
+        slopes = slopes if rows.slopes is None else rows.slopes
+        bonus = -options["entropy_coef"] * rows.weights.to(z.dtype)
+        at_target = (slopes * others - bonus * z_target.exp() * (logps + entropy)) / total
+        factor = slopes
+        if options["entropy_coef"]:  # e becomes e * (slope + bonus (log p + entropy))
+            e *= z.add_((entropy - log_total)[:, None]).mul_(bonus[:, None]).add_(slopes[:, None])
+            factor = torch.ones_like(slopes)
+        torch.mul(e, (-factor / (total * temperature))[:, None], out=dlogits)
+        dlogits.scatter_(1, targets, (at_target / temperature)[:, None].to(dlogits.dtype))
+    return torch.stack([losses, logps, entropy, ratio, clipped])
 
 
-def _policy_rows(logps, entropy, options, *, weights, advantages, **inputs):
-    """weights * policy_loss of some rows, their ratio and clipped, and its gradient w.r.t. their logps, all [C]."""
-    if _on_triton(logps) and "sequence_ids" not in inputs:
-        return _policy_rows_triton(logps, entropy, options, weights, advantages, **inputs)
+def _losses_and_slopes(logps, entropy, rows, options, sequence_ids=None):
+    """weights * policy_loss, ratio, clipped, and the slopes d loss / d logps, all [C]."""
+    names = ("advantages", "weights", "old_logps", "behavior_logps", "ref_logps")
+    given = {name: getattr(rows, name) for name in names if getattr(rows, name) is not None}
+    given = {name: value.to(logps.dtype) for name, value in given.items()}
+    weights = given.pop("weights")
     with torch.enable_grad():
         logps = logps.detach().requires_grad_()
-        losses, ratio, clipped = policy_loss(logps, entropy, advantages, **inputs, **options)
+        losses, ratio, clipped = policy_loss(logps, entropy, **given, sequence_ids=sequence_ids,
+                                             **options)
         losses = weights * losses
-        g, = torch.autograd.grad(losses.sum(), logps)
-    return losses.detach(), ratio, clipped, g
+        slopes, = torch.autograd.grad(losses.sum(), logps)
+    return losses.detach(), ratio, clipped, slopes
 
 
 def _on_triton(x):
-    return triton is not None and x.dtype == torch.float32 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return triton is not None and x.dtype == torch.float32 and (x.is_cuda or interpreted)
 
 
-def _policy_rows_triton(logps, entropy, options, weights, advantages, old_logps=None, behavior_logps=None, ref_logps=None):
-    o, none = options, logps  # a pointer that is not read
-    losses, ratio, clipped, g = torch.empty(4, len(logps), dtype=logps.dtype, device=logps.device)
-    _policy_kernel[(triton.cdiv(len(logps), 128),)](
-        logps, entropy, weights, advantages, *(none if x is None else x for x in (old_logps, behavior_logps, ref_logps)),
-        losses, ratio, clipped, g, len(logps), 1 - o["eps_low"], 1 + o["eps_high"], o["dual_clip"] or 0.0, o["tis_cap"] or 0.0,
-        o["kl_coef"], o["entropy_coef"], LOG_LIMIT, KIND=KINDS.index(o["kind"]), OLD=old_logps is not None,
-        DUAL=o["dual_clip"] is not None, TIS=o["tis_cap"] is not None, KL=bool(o["kl_coef"]), BLOCK=128)
-    return losses, ratio, clipped, g
+def _fused_triton(logits, dlogits, rows, options, temperature):
+    options = options or _checked_options({})
+    count, vocabulary = logits.shape
+    losses, *stats = torch.empty(5, count, dtype=torch.float32, device=logits.device)
+    unused = losses  # a pointer that the kernel does not read
+    per_row = [rows.advantages, rows.weights, rows.old_logps, rows.behavior_logps, rows.ref_logps,
+               rows.slopes]
+    per_row = [unused if x is None else x.to(torch.float32).contiguous() for x in per_row]
+    gradient = logits if dlogits is None else dlogits
+    _fused_kernel[(count,)](
+        logits, gradient, logits.stride(0), gradient.stride(0), rows.targets.contiguous(),
+        *per_row, losses, *stats, 1 / temperature, 1 - options["eps_low"],
+        1 + options["eps_high"], options["dual_clip"] or 0.0, options["tis_cap"] or 0.0,
+        options["kl_coef"], options["entropy_coef"], LOG_LIMIT, VOCABULARY=vocabulary,
+        KIND=KINDS.index(options["kind"]), OLD=rows.old_logps is not None,
+        DUAL=options["dual_clip"] is not None, TIS=options["tis_cap"] is not None,
+        KL=bool(options["kl_coef"]), SLOPES=rows.slopes is not None,
+        GRADIENT=dlogits is not None, BLOCK=min(2048, triton.next_power_of_2(vocabulary)))
+    return losses, Stats(*stats)
 
 
 if triton:
     @triton.jit
-    def _exp_slab_kernel(LOGITS, E, OFFSET, TARGET, S, H, logits_stride, e_stride, scale, limit, SIZE: tl.constexpr,
-                         STORE: tl.constexpr, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)  # row * stride is beyond 2^31 for long chunks
-        offset, target = tl.load(OFFSET + row), tl.load(TARGET + row)
-        s, h = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for start in range(0, SIZE, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = column < SIZE
-            q = tl.load(LOGITS + row * logits_stride + column, mask=inside, other=0.0) * scale - offset
-            q = tl.minimum(q, limit)
-            e = tl.where(inside & (column != target), tl.exp(q), 0.0)
-            s += e
-            h += tl.where(e > 0, e * q, 0.0)
-            if STORE:
-                tl.store(E + row * e_stride + column, e.to(E.dtype.element_ty), mask=inside)
-        tl.store(S + row, tl.load(S + row) + tl.sum(s, 0))
-        tl.store(H + row, tl.load(H + row) + tl.sum(h, 0))
+    def _fused_kernel(LOGITS, DLOGITS, logits_stride, dlogits_stride, TARGETS, ADVANTAGES, WEIGHTS,
+                      OLD_LOGPS, BEHAVIOR_LOGPS, REF_LOGPS, SLOPES_IN, LOSSES, LOGPS, ENTROPY,
+                      RATIO, CLIPPED, inverse_temperature, low, high, dual_clip, tis_cap, kl_coef,
+                      entropy_coef, limit, VOCABULARY: tl.constexpr, KIND: tl.constexpr,
+                      OLD: tl.constexpr, DUAL: tl.constexpr, TIS: tl.constexpr, KL: tl.constexpr,
+                      SLOPES: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        """One row of logits: read it twice, and keep everything between in registers."""
+        row = tl.program_id(0).to(tl.int64)  # row * stride is beyond 2^31 for large chunks
+        target, LOGITS = tl.load(TARGETS + row), LOGITS + row * logits_stride
+        z_target = tl.load(LOGITS + target) * inverse_temperature
+        largest, others, weighted = _row_sums(LOGITS, target, z_target, inverse_temperature,
+                                              VOCABULARY, BLOCK)
+        e_target = tl.exp(z_target - largest)
+        total = others + e_target
+        log_total = tl.log(total)
+        logp = tl.where(z_target == largest, -_log1p(others), z_target - largest - log_total)
+        entropy = log_total - weighted / total
+
+        weight = tl.load(WEIGHTS + row)
+        old = tl.load(OLD_LOGPS + row) if OLD else logp
+        gain, gain_slope, ratio, clipped = _gain(logp, old, tl.load(ADVANTAGES + row), low, high,
+                                                 dual_clip, limit, KIND, DUAL)
+        if TIS:
+            trust = tl.minimum(tl.exp(old - tl.load(BEHAVIOR_LOGPS + row)), tis_cap)
+            gain, gain_slope = gain * trust, gain_slope * trust
+        loss, slope = -gain - entropy_coef * entropy, -gain_slope
+        if KL:
+            kl, kl_slope = _k3(tl.load(REF_LOGPS + row) - logp, limit)
+            loss, slope = loss + kl_coef * kl, slope + kl_coef * kl_slope
+        tl.store(LOSSES + row, weight * loss)
+        tl.store(LOGPS + row, logp)
+        tl.store(ENTROPY + row, entropy)
+        tl.store(RATIO + row, ratio)
+        tl.store(CLIPPED + row, clipped)
+
+        if GRADIENT:
+            slope = tl.load(SLOPES_IN + row) if SLOPES else weight * slope
+            bonus = -entropy_coef * weight
+            at_target = (slope * others - bonus * e_target * (logp + entropy)) / total
+            _store_gradient(LOGITS, DLOGITS + row * dlogits_stride, target,
+                            at_target, slope, bonus, entropy, largest + log_total,
+                            inverse_temperature, VOCABULARY, BLOCK)
 
     @triton.jit
-    def _reweigh_kernel(E, ALPHA, BETA, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        alpha, beta = tl.load(ALPHA + row), tl.load(BETA + row)
-        for start in range(0, SIZE, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            e = tl.load(E + row * stride + column, mask=column < SIZE, other=0.0).to(tl.float32)
-            new = e * (alpha + beta * tl.log(tl.where(e > 0, e, 1.0)))
-            tl.store(E + row * stride + column, new.to(E.dtype.element_ty), mask=column < SIZE)
+    def _row_sums(LOGITS, target, z_target, inverse_temperature, VOCABULARY: tl.constexpr,
+                  BLOCK: tl.constexpr):
+        """The largest z; the sum of e = exp(z - largest) without the target's; the sum of e log e.
+
+        One pass: when a larger z comes, the sums so far are rescaled to it.
+        """
+        largest, others, weighted = z_target, 0.0, 0.0
+        for begin in range(0, VOCABULARY, BLOCK):
+            column = begin + tl.arange(0, BLOCK)
+            z = tl.load(LOGITS + column, mask=column < VOCABULARY, other=float("-inf"))
+            z = z * inverse_temperature
+            new_largest = tl.maximum(largest, tl.max(z, 0))
+            step = largest - new_largest  # at most 0
+            scale = tl.exp(step)
+            # The target's own share of `weighted` is added at the end.
+            weighted = scale * (weighted + step * others)
+            others = scale * others
+            q = z - new_largest
+            e = tl.where(column == target, 0.0, tl.exp(q))
+            others += tl.sum(e, 0)
+            weighted += tl.sum(tl.where(e > 0, e * q, 0.0), 0)
+            largest = new_largest
+        q_target = z_target - largest
+        weighted += tl.where(q_target > -80.0, tl.exp(q_target) * q_target, 0.0)
+        return largest, others, weighted
 
     @triton.jit
-    def _policy_kernel(LOGPS, ENTROPY, WEIGHTS, ADVANTAGES, OLD_LOGPS, BEHAVIOR_LOGPS, REF_LOGPS, LOSSES, RATIO, CLIPPED, G, size,
-                       low, high, dual_clip, tis_cap, kl_coef, entropy_coef, limit, KIND: tl.constexpr, OLD: tl.constexpr,
-                       DUAL: tl.constexpr, TIS: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr):
-        """`policy_loss` and its slope g, by hand: see there for what it says."""
-        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = row < size
-        logp = tl.load(LOGPS + row, mask=inside, other=0.0)
-        a = tl.load(ADVANTAGES + row, mask=inside, other=0.0)
-        old = tl.load(OLD_LOGPS + row, mask=inside, other=0.0) if OLD else logp
+    def _store_gradient(LOGITS, DLOGITS, target, at_target, slope, bonus, entropy, log_normaliser,
+                        inverse_temperature, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+        """The second pass over a row: the gradient of its logits."""
+        for begin in range(0, VOCABULARY, BLOCK):
+            column = begin + tl.arange(0, BLOCK)
+            inside = column < VOCABULARY
+            z = tl.load(LOGITS + column, mask=inside, other=0.0) * inverse_temperature
+            log_p = z - log_normaliser
+            gradient = -tl.exp(log_p) * (slope + bonus * (log_p + entropy))
+            gradient = tl.where(column == target, at_target, gradient) * inverse_temperature
+            tl.store(DLOGITS + column, gradient.to(DLOGITS.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _gain(logp, old, advantage, low, high, dual_clip, limit, KIND: tl.constexpr,
+              DUAL: tl.constexpr):
+        """The gain (minus the policy term of `policy_loss`), its slope, the ratio, and clipped."""
         step = logp - old
         ratio = tl.exp(tl.minimum(tl.maximum(step, -limit), limit))
         within = tl.minimum(tl.maximum(ratio, low), high)
-        clipped = inside & False
         if KIND == 0:  # clip
-            clipped = ((a > 0) & (ratio > high)) | ((a < 0) & (ratio < low))
-            gain = tl.minimum(ratio * a, within * a)
+            too_high = (advantage > 0) & (ratio > high)
+            too_low = (advantage < 0) & (ratio < low)
+            clipped = too_high | too_low
+            gain = tl.minimum(ratio * advantage, within * advantage)
             if DUAL:
-                floored = (a < 0) & (ratio > dual_clip)
-                gain, clipped = tl.where(floored, dual_clip * a, gain), clipped | floored
-            slope = tl.where(clipped | (tl.abs(step) > limit), 0.0, ratio * a)
+                floored = (advantage < 0) & (ratio > dual_clip)
+                gain = tl.where(floored, dual_clip * advantage, gain)
+                clipped = clipped | floored
+            slope = tl.where(clipped | (tl.abs(step) > limit), 0.0, ratio * advantage)
         elif KIND == 1:  # cispo
             clipped = within != ratio
-            gain, slope = within * a * logp, within * a
+            gain, slope = within * advantage * logp, within * advantage
         else:  # reinforce
-            gain, slope = a * logp, a
-        if TIS:
-            trust = tl.minimum(tl.exp(old - tl.load(BEHAVIOR_LOGPS + row, mask=inside, other=0.0)), tis_cap)
-            gain, slope = gain * trust, slope * trust
-        loss, g = -gain, -slope
-        if KL:
-            delta = tl.load(REF_LOGPS + row, mask=inside, other=0.0) - logp
-            bound = tl.minimum(tl.maximum(delta, -limit), limit)
-            loss += kl_coef * (tl.exp(bound) - bound - 1)
-            g += tl.where(tl.abs(delta) > limit, 0.0, kl_coef * (1 - tl.exp(bound)))
-        loss -= entropy_coef * tl.load(ENTROPY + row, mask=inside, other=0.0)
-        w = tl.load(WEIGHTS + row, mask=inside, other=0.0)
-        tl.store(LOSSES + row, w * loss, mask=inside)
-        tl.store(RATIO + row, ratio, mask=inside)
-        tl.store(CLIPPED + row, clipped.to(tl.float32), mask=inside)
-        tl.store(G + row, w * g, mask=inside)
+            clipped = ratio < 0
+            gain, slope = advantage * logp, advantage
+        return gain, slope, ratio, clipped.to(tl.float32)
+
+    @triton.jit
+    def _k3(delta, limit):
+        """The KL term of `policy_loss`, and its slope. delta: ref_logps - logps."""
+        bound = tl.minimum(tl.maximum(delta, -limit), limit)
+        slope = tl.where(tl.abs(delta) > limit, 0.0, 1 - tl.exp(bound))
+        return tl.exp(bound) - bound - 1, slope
+
+    @triton.jit
+    def _log1p(x):
+        """log(1 + x) for x >= 0, exact for a small x, of which 1 + x keeps few digits (Kahan)."""
+        y = 1.0 + x
+        return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
-# ---- python kernels.py ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# python kernels.py
+
+
+def _demo(tokens: int = 2048, width: int = 256, vocabulary: int = 32000) -> None:
+    """The plain and the fused loss on random data: the difference, then the time of each."""
+    torch.manual_seed(0)
+
+    def data(dtype, tokens, vocabulary):
+        hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+        weight = torch.nn.Parameter(torch.randn(vocabulary, width, dtype=dtype) / width**0.5)
+        targets = torch.randint(vocabulary, (tokens,))
+        return hidden, weight, targets, torch.randn(tokens), torch.full((tokens,), 1 / tokens)
+
+    args = data(torch.float64, 64, 1000)
+    old_logps = linear_logps(*args[:3])[0] + 0.3 * torch.randn(64)
+    plain = plain_linear_loss(*args, old_logps=old_logps)
+    fused, stats = linear_policy_loss(*args, old_logps=old_logps, chunk=10)
+    plain_gradients = torch.autograd.grad(plain, args[:2])
+    fused_gradients = torch.autograd.grad(fused, args[:2])
+    error = max((a - b).abs().max().item() for a, b in zip(plain_gradients, fused_gradients))
+    clipped = stats.clipped.nanmean().item()
+    print(f"64 tokens in float64, {clipped:.0%} of them clipped: the loss differs by "
+          f"{abs(plain - fused).item():.0e}, the gradients by at most {error:.0e}")
+
+    args = data(torch.float32, tokens, vocabulary)
+    rows = _rows_per_chunk(tokens, vocabulary, False, None)
+    print(f"{tokens} tokens, width {width}, vocabulary {vocabulary}, forward and backward:")
+    for name, loss, held in (("plain", plain_linear_loss, tokens),
+                             ("fused", lambda *args: linear_policy_loss(*args)[0], rows)):
+        began = time.perf_counter()
+        torch.autograd.grad(loss(*args), args[:2])
+        print(f"  {name}: {time.perf_counter() - began:.2f} s, logits of {held} tokens at a time: "
+              f"{4e-6 * held * vocabulary:.0f} MB for each copy of them")
+
 
 if __name__ == "__main__":
-    try:
-        from tests import bench_kernels
-    except ImportError:
-        raise SystemExit("The check and the table are made by tests/bench_kernels.py, which is not beside this copy.") from None
-    bench_kernels.main(with_peers=False)
+    _demo()

@@ -1,43 +1,46 @@
-"""What stays when the context window is full: the rule of the window, and notes that outlive it.
+"""What an agent still knows when its context window is full.
 
-An agent has two memories. *Working memory* is the context window: tokens, paid for at every step, and bounded. `keep_turns` is
-the rule by which it is emptied. *Long-term memory* is `Notes`: text that the agent wrote down itself, found again by full text
-search (SQLite FTS5, ranked by BM25). Emptying the window is only safe for an agent that has learned what to write down.
+An agent has two memories. *Working memory* is the context window: tokens that the model reads at
+every step, and their number is limited. `keep_turns` empties it. *Long-term memory* is
+`Notes`: text that the agent wrote down, found again by full-text search (SQLite FTS5, ranked by
+BM25). Emptying the window is safe only for an agent that has learned what to write down.
 
-agent.py counts the tokens and asks `keep_turns` when its window is full; an environment such as `recall` gives its agent
-`Notes` as tools. Nothing here knows about models.
+`Search` is the same search over documents that are given, as a tool.
 
-Left out: embeddings (BM25 needs no model and can be explained), summaries (a summary is one more thing the policy writes: let it
-add a note), forgetting, and access by a network.
+agent.py counts the tokens and asks `keep_turns` when its window is full. The environments of env.py
+give their agents `Notes` and `Search` as tools. Nothing here knows about models.
 
-Run it alone: `python memory.py`. Copy it alone: it needs the standard library (SQLite with FTS5).
+Left out: embeddings (BM25 needs no model and is easy to explain), summaries (a policy can write one
+as a note), forgetting, and access over a network.
+
+Run it alone: `python memory.py`. Copy it alone: it needs the standard library, with SQLite's FTS5.
 """
 
 import re
 import sqlite3
 import threading
-import time
 from collections.abc import Sequence
 from os import PathLike
 
 
 def keep_turns(fixed: int, turns: Sequence[int], budget: int) -> int:
-    """How many of the oldest turns leave the window, so that what stays is within a budget. All numbers are counts of tokens.
+    """How many of the oldest turns must leave the window, so that the rest fits a budget.
 
-    The rule: what is fixed (system message, task, notes) stays. Whole turns leave, oldest first; a turn is a message of the
-    assistant and all observations it caused, so no call is ever left without its result, nor a result without its call. The
-    newest turn leaves only if it does not fit on its own. Raises ValueError if the fixed part is over the budget.
+    All numbers count tokens. The fixed part (system message, task) always stays. Whole turns leave,
+    the oldest first. A turn is a message of the agent with all observations that followed from it.
+    So no call loses its result, and no result its call. The newest turn leaves only if it does not
+    fit on its own. Raises ValueError if the fixed part is over the budget.
 
-    An agent asks with half its window as the budget: with the whole of it, each turn after the first time would be one too many
-    again, and every turn would cost a new prompt.
+    Give it about half of the window as the budget. With the whole window, the next turn would again
+    be one too many, and each turn would cost a new prompt.
 
-    >>> keep_turns(fixed=10, turns=[30, 20, 20], budget=50)   # 10 + 20 + 20 fit
+    >>> keep_turns(fixed=10, turns=[30, 20, 20], budget=50)  # 10 + 20 + 20 fit
     1
-    >>> keep_turns(fixed=10, turns=[5, 5, 90], budget=50)     # the newest does not, and without it the older ones make no sense
+    >>> keep_turns(fixed=10, turns=[5, 5, 90], budget=50)  # the newest does not fit: none can stay
     3
     """
     if fixed > budget:
-        raise ValueError(f"the fixed part alone has {fixed} tokens, more than the budget of {budget}: enlarge the window")
+        raise ValueError(f"the fixed part has {fixed} tokens, more than the budget of {budget}")
     room, leaving = budget - fixed, len(turns)
     while leaving and turns[leaving - 1] <= room:
         leaving -= 1
@@ -45,94 +48,126 @@ def keep_turns(fixed: int, turns: Sequence[int], budget: int) -> int:
     return leaving
 
 
-class Notes:
-    """Notes that can be searched: in memory, or in a file that outlives the process.
+def fts_query(text: str) -> str:
+    """Any text as a query of FTS5: its words, quoted and joined by OR. "" if it has none.
 
-    Threads may share one object, and processes may share one file: open it in each of them, not before a fork. In a file, a note
-    is on the disk when `add` returns, whatever happens to the process after. An empty one is false, as an empty list is.
+    All but quoted words is syntax to FTS5, and a policy writes anything. Only the first 64 words of
+    the first 5,000 characters count.
+
+    >>> fts_query('who has "the key"?')
+    '"who" OR "has" OR "the" OR "key"'
+    """
+    words = dict.fromkeys(re.findall(r"\w+", text[:5000].lower()))  # each once, in order
+    return " OR ".join(f'"{word}"' for word in list(words)[:64])
+
+
+class Notes:
+    """Texts that can be searched: in memory, or in a file that outlives the process.
+
+    Threads may share one object. Processes may share one file; each must open it itself, not before
+    a fork. When `add` returns, the notes are on the disk, even if the process is then killed.
 
     >>> notes = Notes()
-    >>> for text in ["The door code is 4711.", "Anna has the key.", "Tea is at five."]: notes.add(text)
-    >>> notes.search("who has the key?", top=1), len(notes)
-    (['Anna has the key.'], 3)
+    >>> notes.add("The door code is 4711.", "Anna has the key.", "Tea is at five.")
+    >>> notes.search("who has the key?", top=1)
+    ['Anna has the key.']
+    >>> len(notes)
+    3
     """
 
     def __init__(self, path: str | PathLike | None = None):
-        # Threads take turns by the lock; processes by SQLite, which waits up to `timeout` seconds for another's write.
+        # Threads take turns by the lock. Processes take turns by SQLite, which waits for another's
+        # write for up to `timeout` seconds. IMMEDIATE takes the write lock before the first read:
+        # two processes that both read first, then write, would refuse each other at once.
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False, isolation_level=None)
-        if path:
-            self._use_wal()
-            self._db.execute("PRAGMA synchronous = full")  # WAL alone may lose the last commits with the power
-        # IMMEDIATE takes the write lock at once: two new processes that first read, then write, would refuse each other.
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute("CREATE VIRTUAL TABLE IF NOT EXISTS notes USING fts5(text)")
-        self._db.execute("COMMIT")
+        self._db = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False,
+                                   isolation_level="IMMEDIATE")
+        with self._db:  # commits
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("CREATE VIRTUAL TABLE IF NOT EXISTS notes USING fts5(text)")
 
-    def add(self, text: str) -> None:
-        """Write a note down. It is one transaction: all of it is kept, or (when this raises) nothing."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # half a character ("\\ud800") is refused by SQLite
-        self._run("INSERT INTO notes (text) VALUES (?)", text)
+    def add(self, *texts: str) -> None:
+        """Write notes down, in one transaction: if this raises, none of them is kept."""
+        # SQLite refuses half a character, such as "\\ud800".
+        rows = [(text.encode("utf-8", "replace").decode("utf-8"),) for text in texts]
+        with self._lock, self._db:
+            self._db.executemany("INSERT INTO notes (text) VALUES (?)", rows)
 
     def search(self, query: str, top: int = 3) -> list[str]:
-        """The notes that hold a word of the query, best first: more of the words, and rarer ones, win. Any text is a query.
+        """The notes that hold a word of the query. More words, and rarer ones, come first.
+
+        Any text is a query.
 
         >>> Notes().search('NEAR(" OR *')
         []
         """
-        # Words, quoted and joined by OR: all else is FTS5 syntax to a hostile query. Bounded, for it may be a megabyte.
-        words = list(dict.fromkeys(re.findall(r"\w+", query[:5000].lower())))[:64]
-        match = " OR ".join(f'"{word}"' for word in words)
+        match = fts_query(query)
         if not match:
             return []
-        return self._run("SELECT text FROM notes WHERE notes MATCH ? ORDER BY bm25(notes), rowid LIMIT ?", match, max(top, 0))
+        ranked = "SELECT text FROM notes WHERE notes MATCH ? ORDER BY bm25(notes), rowid LIMIT ?"
+        return self._select(ranked, match, max(top, 0))
 
     def all(self) -> list[str]:
         """Every note, in the order of writing."""
-        return self._run("SELECT text FROM notes ORDER BY rowid")
+        return self._select("SELECT text FROM notes ORDER BY rowid")
 
     def __len__(self) -> int:
-        return self._run("SELECT count(*) FROM notes")[0]
+        return self._select("SELECT count(*) FROM notes")[0]
 
-    def _run(self, statement: str, *values: str | int) -> list:
+    def _select(self, statement: str, *values: str | int) -> list:
         with self._lock:
-            return [row[0] for row in self._db.execute(statement, values).fetchall()]
-
-    def _use_wal(self) -> None:
-        """The write-ahead log, with which readers and a writer do not block each other."""
-        for attempt in range(6000):
-            try:
-                self._db.execute("PRAGMA journal_mode = wal")
-                return
-            except sqlite3.OperationalError:  # of two processes that open a new file at once, SQLite lets one wait, one fail
-                if attempt == 5999:
-                    raise
-                time.sleep(0.01)
+            return [row[0] for row in self._db.execute(statement, values)]
 
     def close(self) -> None:
-        """Close the file; happens by itself when the object goes."""
+        """Close the file. Happens by itself when nobody holds the object any more."""
         self._db.close()
 
     def __del__(self):
-        if hasattr(self, "_db"):  # not, if the file could not be opened
+        if hasattr(self, "_db"):  # it has none if the file could not be opened
             self.close()
 
 
+class Search:
+    """Full-text search over a few documents, as a tool. It returns at most `top` of them.
+
+    >>> Search(["The Elbe is a river.", "Mount Etna is high."]).search("which river?")
+    'The Elbe is a river.'
+    """
+
+    def __init__(self, documents: Sequence[str], top: int = 3):
+        self._documents, self._top = Notes(), top
+        self._documents.add(*[" ".join(document.split()) for document in documents])
+
+    # The docstring is a part of prompts that trained models know: keep its wording.
+    def search(self, query: str) -> str:
+        """Search the documents.
+
+        Args:
+            query: Words to look for. Documents with more, and rarer, of them come first.
+
+        Returns:
+            The best documents, one per line.
+        """
+        return "\n".join(self._documents.search(query, self._top)) or "no document matches"
+
+
 def _demo() -> None:
-    """A long conversation in a window of 60 tokens (here: words): what left the window is found in the notes."""
+    """A long conversation in a window of 60 words. The notes still know what left the window."""
     window, fixed, turns, notes = 60, 14, [], Notes()
-    facts = ["the code of the door is 4711", "it rains today", "Anna lives in Rome", "the train leaves at nine", "tea is at five"]
+    facts = ["the code of the door is 4711", "it rains today", "Anna lives in Rome",
+             "the train leaves at nine", "tea is at five"]
+    notes.add(*facts)
     for number, fact in enumerate(facts + facts[1:] + facts[1:]):
         turns.append(f"assistant: look around. observation {number}: {fact}".split())
-        if number < len(facts):
-            notes.add(fact)
-        used = fixed + sum(map(len, turns))
+        lengths = [len(turn) for turn in turns]
+        used = fixed + sum(lengths)
         if used > window:
-            leaving = keep_turns(fixed, list(map(len, turns)), window // 2)
+            leaving = keep_turns(fixed, lengths, window // 2)
             turns = turns[leaving:]
-            print(f"turn {number:2}: {used} words do not fit {window}: the {leaving} oldest turns leave, {len(turns)} stay")
-    print("\nin the window: ", *(" ".join(turn) for turn in turns), sep="\n  ")
-    print("\nthe notes, asked for the code of the door:", *notes.search("code of the door"), sep="\n  ")
+            print(f"turn {number:2}: {used} words do not fit into {window}: "
+                  f"the {leaving} oldest turns leave, {len(turns)} stay")
+    print("\nin the window: ", *[" ".join(turn) for turn in turns], sep="\n  ")
+    print("\nthe notes on the code of the door:", *notes.search("code of the door"), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """How fast, how lean and how exact the fused loss is: against its own ceiling, torch, and the peers that are installed.
 
-    python kernels.py                          # the table without peers (this file does the work)
     python tests/bench_kernels.py              # with TRL, Liger, CCE, verl, as far as they are installed (requirements-peers.txt)
-    python tests/bench_kernels.py --sweep      # chunk x slab, to choose their defaults on a new GPU
+    python tests/bench_kernels.py --sweep      # rows per chunk, to choose the default on a new GPU
     python tests/bench_kernels.py --shape 16384,2048,151936 --json figures.json
 
 Job: hidden states, head, targets, advantages, old log-probs -> loss and both gradients. All contestants take turns in one process;
@@ -26,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import kernels
 from kernels import linear_logps, linear_policy_loss, policy_loss
 
 LENGTH = 64  # tokens of a sequence: Liger takes one advantage per sequence
@@ -65,7 +63,7 @@ def check():
              "tis, kl, entropy": {"behavior_logps": old - 0.1, "tis_cap": 2.0, "ref_logps": old + 0.1, "kl_coef": 0.1,
                                   "entropy_coef": 0.01, "temperature": 0.7}}
     for name, options in cases.items():
-        fused = linear_policy_loss(*args, old_logps=old, chunk=10, slab=30, **options)[0]
+        fused = linear_policy_loss(*args, old_logps=old, chunk=10, **options)[0]
         plain = plain_loss(*args, old_logps=old, **options)
         results = [(loss.detach(), *torch.autograd.grad(loss, args[:2])) for loss in (fused, plain)]
         errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
@@ -234,28 +232,26 @@ def rl_batch(args):
 
 
 def sweep(args, old, rounds: int) -> list[dict]:
-    """chunk x slab, on a GPU also x block: milliseconds and scratch memory of the fused loss."""
-    rows, cuda = [], args[0].is_cuda
-    chunks = (1024, 2048, 4096, 4224, 8448) if cuda else (128, 256, 512)
-    slabs = (2048, 4096, 8192, 16384, 32768) if cuda else (1024, 2048, 8192)
-    fused = lambda chunk, slab: of(lambda *a: linear_policy_loss(*a, old_logps=old, chunk=chunk, slab=slab)[0], args)
-    steps = {(chunk, slab): fused(chunk, slab) for chunk in chunks for slab in slabs}
-    for block in (1024, 2048, 4096) if cuda else (kernels.BLOCK,):
-        kernels.BLOCK = block
-        for step in steps.values():  # the first call compiles
-            step()
-        for (chunk, slab), seconds in race(steps, rounds, cuda).items():
-            row = {"block": block, "chunk": chunk, "slab": slab, "ms": 1e3 * median(seconds)}
-            rows.append(row | {"MB": weigh(steps[chunk, slab], cuda) / 2**20})
-            print("  block {block:5d}  chunk {chunk:6d}  slab {slab:6d}  {ms:9.1f} ms  {MB:7.0f} MB".format(**rows[-1]), flush=True)
+    """Rows per chunk: milliseconds and scratch memory of the fused loss."""
+    cuda, rows = args[0].is_cuda, []
+
+    def fused(chunk):
+        return of(lambda *a: linear_policy_loss(*a, old_logps=old, chunk=chunk)[0], args)
+
+    steps = {chunk: fused(chunk) for chunk in ((512, 1024, 2048, 4096, 8192) if cuda else (64, 128, 256, 512))}
+    for step in steps.values():  # the first call compiles
+        step()
+    for chunk, seconds in race(steps, rounds, cuda).items():
+        rows.append({"chunk": chunk, "ms": 1e3 * median(seconds), "MB": weigh(steps[chunk], cuda) / 2**20})
+        print("  chunk {chunk:6d}  {ms:9.1f} ms  {MB:7.0f} MB".format(**rows[-1]), flush=True)
     return rows
 
 
-def main(with_peers: bool) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Time, weigh and check the fused loss on this machine.")
     parser.add_argument("--shape", default="", help="N,D,V: tokens (a multiple of 64), width, vocabulary")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweep", action="store_true", help="chunk x slab x block instead of the contestants")
+    parser.add_argument("--sweep", action="store_true", help="rows per chunk instead of the contestants")
     parser.add_argument("--json", default="", help="file for the figures")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -273,10 +269,10 @@ def main(with_peers: bool) -> None:
         if options.sweep:
             found[kind] = sweep(args, old, options.rounds)
         else:
-            found[kind] = table(ourselves(args, old) | (peers(args, old) if with_peers else {}), args, old, options.rounds)
+            found[kind] = table(ourselves(args, old) | peers(args, old), args, old, options.rounds)
         if options.json:  # after each table: a run that is cut keeps what it has
             Path(options.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main(with_peers=True)
+    main()

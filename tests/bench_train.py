@@ -43,13 +43,13 @@ class Clock(train.Clock):
 
 def make_engine(*args):
     chat, engine = train_make_engine(*args)
-    engine._logits = timed("forward, sampling", engine._logits)
+    engine.decoder._logits = timed("forward, sampling", engine.decoder._logits)
     return chat, engine
 
 
 def main() -> None:
     train.make_engine = make_engine
-    rollout._forward = timed("forward, sampling", rollout._forward)
+    rollout.forward = timed("forward, sampling", rollout.forward)
     grpo.add_gradients = timed("forward, loss, backward", grpo.add_gradients)
     train.Clock = Clock
     train.command_line()

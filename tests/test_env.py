@@ -45,7 +45,7 @@ def play(task, messages, **options):
 # ---- seeds and the held-out split ----
 
 
-@pytest.mark.parametrize("spec", [*ENVIRONMENTS, "calculator:digits=1", "maze:map=0", "retry:calculator:digits=1", "retry:maze"])
+@pytest.mark.parametrize("spec", [*ENVIRONMENTS, "calculator:digits=1", "maze:map=0"])
 def test_one_task_in_five_is_held_out_for_ever(spec):
     """A split by seed puts the same task on both sides: small task spaces leaked into the evaluation.
 
@@ -94,20 +94,29 @@ def test_the_same_seed_gives_the_same_task_in_every_process():
 # ---- make_env ----
 
 
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_an_environment_with_too_few_tasks_ends_the_search(evaluation):
+    """All of its tasks are on one side of the split: the search for one on the other side never ended."""
+
+    class Few(Fine):
+        def reset(self, seed):
+            return next(text for text in map(str, range(100)) if held_out(text) != evaluation)
+
+    with pytest.raises(EnvError, match="Few has too few tasks: of the seeds 7 to 5008 none gives one that is"):
+        next(seeds(Few, evaluation=evaluation, start=7))
+
+
 def test_make_env_reads_difficulty():
-    """Of what is wrapped, too; and a constructor that refuses is named in the same way."""
+    """And a constructor that refuses is named."""
     environment = make_env("lookup:people=12,hops=2")()
     assert (environment.people, environment.hops, environment.top) == (12, 2, 1)
     assert make_env("lookup")() is not make_env("lookup")()
-    assert make_env("retry:maze:slack=2,size=5")().reset(3).startswith(make_env("maze:slack=2,size=5")().reset(3) + "\n\n")
-    with pytest.raises(EnvError, match=r"^retry:maze:size=2: the constructor of RetryMaze raised ValueError: size must be 4 to 9"):
-        make_env("retry:maze:size=2")()
+    with pytest.raises(EnvError, match=r"^maze:size=2: the constructor of Maze raised ValueError: size must be 4 to 9"):
+        make_env("maze:size=2")()
 
 
 @pytest.mark.parametrize("spec, message", [
     ("looklup", f"unknown environment 'looklup': choose from {NAMES}"), ("", "unknown environment ''"),
-    ("retry:looklup", "unknown environment 'looklup'"), ("retry:retry:lookup", "unknown environment 'retry'"),
-    ("retry:lookup:hop=2", "NAME one of hops, people, top"), ("retry:nowhere.py:A", "no file nowhere.py"),
     ("lookup:hop=2", "'hop=2' in 'lookup:hop=2': want NAME=WHOLE NUMBER, NAME one of hops, people, top"),
     ("lookup:hops", "'hops'"), ("lookup:hops=two", "'hops=two'"),
     ("lookup:hops=--2", "'hops=--2'"), ("lookup:hops=²", "'hops=²'"),
@@ -193,9 +202,7 @@ def test_a_constructor_that_raises_is_one_clear_line(tmp_path):
 
 @every_environment
 def test_the_environments_here_fit(name):
-    """As they are, and with a second try."""
-    for spec in (name, f"retry:{name}"):
-        check_env(make_env(spec))
+    check_env(make_env(name))
 
 
 class Fine:
@@ -387,13 +394,9 @@ def test_playing_in_the_terminal(by_hand):
         assert by_hand("calculator", "calculator 6 * 7", then=how).endswith("42\n\nyou gave up\nreward 0\n")
 
 
-def test_playing_to_the_end_of_a_second_try(by_hand):
-    """A choice that does not exist is told the ones that do, and the end of the first try is not the end."""
+def test_playing_names_what_a_call_lacks(by_hand):
     out = by_hand("maze", "walk")
     assert "needs the argument" in out and out.endswith("you gave up\nreward 0\n")
-    out = by_hand("retry:mastermind:guesses=1,digits=9", "lesson too early", "guess 000000000", "lesson Think.", "guess 000000000")
-    assert "nothing to learn from yet" in out and "You may try once more." in out and out.endswith("\nreward 0\n")
-    assert "gave up" not in out
 
 
 WALK = '''
@@ -435,7 +438,6 @@ def test_doctests():
 
 def test_tools_are_the_public_methods():
     """Helpers, reset, get_reward, state, done and behaviour are none; final_answer comes with the base class."""
-    assert {name: sorted(tools_of(make_env(name)())) for name in (*ENVIRONMENTS, "retry:maze")} == {
+    assert {name: sorted(tools_of(make_env(name)())) for name in ENVIRONMENTS} == {
         "calculator": ["calculator", "final_answer"], "lookup": ["final_answer", "search"], "maze": ["walk"],
-        "chain": ["final_answer"], "recall": ["final_answer", "next_page", "recall", "remember"], "mastermind": ["guess"],
-        "retry:maze": ["lesson", "walk"]}
+        "chain": ["final_answer"], "recall": ["final_answer", "next_page", "recall", "remember"], "mastermind": ["guess"]}

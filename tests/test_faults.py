@@ -1,6 +1,7 @@
-"""What goes wrong around a run: environments that fail, models that are not quite what they should be. What does the person see?
+"""Faults around a run: environments that fail, models that do not fit. What does the person see?
 
-A disk that is full and Ctrl-C are in test_resume.py, tools in test_tools.py, gradients in test_grpo.py, bad options in test_train.py.
+A full disk and Ctrl-C are in test_resume.py, tools in test_tools.py, gradients in test_grpo.py, and
+bad options in test_train.py.
 """
 
 import gzip
@@ -18,7 +19,7 @@ from itertools import count
 
 
 class Attempt:
-    """The reward is by the number of the attempt, for the policy here knows nothing. `every`: how often it fails."""
+    """The reward depends on the number of the attempt. `every`: one attempt in so many fails."""
 
     numbers = count()
 
@@ -26,7 +27,8 @@ class Attempt:
         self.every = every
 
     def reset(self, seed: int) -> str:
-        self._answer, self._seed, self._number = None, seed, next(self.numbers) if seed >= 10**6 else 0
+        self._answer, self._seed = None, seed
+        self._number = next(self.numbers) if seed >= 10**6 else 0
         return f"Write. Number {seed}."
 
     def _fail(self, number):
@@ -65,18 +67,21 @@ class Reward(Attempt):
         self._fail(self._number)
         return super().get_reward()
 '''
-OPTIONS = ["--env", "faulty.py:Attempt", "--steps", "3", "--eval-tasks", "2", "--group-size", "4", "--tasks-per-step", "4",
-           "--max-turns", "2", "--max-new-tokens", "6", "--context", "300", "--save-every", "9"]
+OPTIONS = ["--env", "faulty.py:Attempt", "--steps", "3", "--eval-tasks", "2", "--group-size", "4",
+           "--tasks-per-step", "4", "--max-turns", "2", "--max-new-tokens", "6", "--context", "300",
+           "--save-every", "9"]
 
 
 def tokenizer():
-    return small_tokenizer(["Write. Number 1234567890.", INSTRUCTIONS, "user system assistant tool error: your message was cut at"])
+    return small_tokenizer(["Write. Number 1234567890.", INSTRUCTIONS,
+                            "user system assistant tool error: your message was cut at"])
 
 
 def save_model(folder, tokenizer, vocabulary):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         initializer_range=0.1, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=16, intermediate_size=16,
+                         num_hidden_layers=1, num_attention_heads=2, initializer_range=0.1,
+                         pad_token_id=None, bos_token_id=None, eos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -100,45 +105,58 @@ def lines(path):
 
 
 def test_an_environment_whose_reward_fails_leaves_the_group_and_is_counted(folder, here):
-    """One broken scorer ended a run of days; counted as 0, it taught that whatever was done there was bad."""
-    code, _, errors = here(folder, "--name", "reward", "--model", "model", *OPTIONS, "--env", "faulty.py:Reward")
+    """One broken reward ended a run of days. Counted as 0, it taught that the attempt was bad."""
+    code, _, errors = here(folder, "--name", "reward", "--model", "model", *OPTIONS,
+                           "--env", "faulty.py:Reward")
     assert code == 0, errors
     metrics, groups = lines(folder / "runs/reward/metrics.jsonl"), defaultdict(list)
     for e in lines(folder / "runs/reward/episodes.jsonl.gz"):
         groups[e["step"], e["group"]].append(e)
     failed = [e for group in groups.values() for e in group if e["error"]]
-    assert 10 <= len(failed) <= 14 and len(failed) == round(sum(m["finish/error"] * 16 for m in metrics))
-    assert all(e["error"] == "get_reward: OSError: the server is gone" and e["advantage"] == 0 for e in failed)
+    assert 10 <= len(failed) <= 14
+    assert len(failed) == round(sum(m["finish/error"] * 16 for m in metrics))
+    assert {e["error"] for e in failed} == {"get_reward: OSError: the server is gone"}
+    assert {e["advantage"] for e in failed} == {0}
     for group in groups.values():
         sound = [e for e in group if not e["error"]]
         mean = sum(e["reward"] for e in sound) / len(sound)
-        assert len(group) == 4 and all(e["advantage"] == pytest.approx(e["reward"] - mean) for e in sound)
-    assert all(m["grad_norm"] > 0 and m["reward"] > 0 for m in metrics), "the others are learned from"
+        assert len(group) == 4
+        assert all(e["advantage"] == pytest.approx(e["reward"] - mean) for e in sound)
+    assert all(m["grad_norm"] > 0 for m in metrics), "the others are learned from"
+    assert all(m["reward"] > 0 for m in metrics)
 
 
 def test_a_task_that_cannot_be_reset_is_passed_over(folder, here):
-    """Here the run died before an episode had begun: tasks are drawn by their text, and that is asked of the environment."""
-    code, _, errors = here(folder, "--name", "reset", "--model", "model", *OPTIONS, "--env", "faulty.py:Reset")
+    """The run ended before its first episode: drawing tasks needs their text, and so a reset."""
+    code, _, errors = here(folder, "--name", "reset", "--model", "model", *OPTIONS,
+                           "--env", "faulty.py:Reset")
     assert code == 0, errors
     seeds = {e["seed"] for e in lines(folder / "runs/reset/episodes.jsonl.gz")}
     assert len(seeds) == 12 and all(seed % 4 for seed in seeds)
 
 
-@pytest.mark.parametrize(("where", "said"), [
-    ("Reset", "Reset.reset(seed) raised 20 times in a row, at last OSError: the server is gone"),
-    ("Reward", "the environment failed in every episode of step 1: get_reward: OSError: the server is gone")])
+ALWAYS = {
+    "Reset": "Reset.reset(seed) raised 20 times in a row, at last OSError: the server is gone",
+    "Reward": "the environment failed in every episode of step 1: "
+              "get_reward: OSError: the server is gone",
+}
+
+
+@pytest.mark.parametrize(("where", "said"), ALWAYS.items())
 def test_an_environment_that_always_fails_ends_the_run_with_one_line(folder, here, where, said):
     """A run went on for days with nothing to learn from, and its learning rate fell to 0."""
-    code, _, errors = here(folder, "--name", f"no{where}", "--model", "model", *OPTIONS, "--env", f"faulty.py:{where}:every=1")
-    assert code == 2 and [line for line in errors.splitlines() if line.startswith("train.py: ")] == [f"train.py: {said}"]
-    assert "Traceback" not in errors and (folder / "runs" / f"no{where}" / "checkpoints" / "step-000000").exists()
+    code, _, errors = here(folder, "--name", f"no{where}", "--model", "model", *OPTIONS,
+                           "--env", f"faulty.py:{where}:every=1")
+    own_lines = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    assert code == 2 and own_lines == [f"train.py: {said}"] and "Traceback" not in errors
+    assert (folder / "runs" / f"no{where}" / "checkpoints" / "step-000000").exists()
 
 
 # ---- models ----
 
 
 def test_a_model_without_a_pad_token_and_with_more_tokens_than_its_tokenizer(folder, here):
-    """Vocabularies are rounded up to a size that GPUs like: tokens are sampled that no tokenizer knows, and trained like others."""
+    """Vocabularies are rounded up for GPUs. Tokens the tokenizer lacks are trained like others."""
     words = tokenizer()
     words.pad_token = None
     save_model(folder / "wide", words, len(words) + 300)
@@ -155,13 +173,18 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(folder, here):
     save_model(folder / "narrow", words, len(words) - 1)
     words.chat_template = None
     save_model(folder / "base", words, len(words))
-    for model, said in (("base", "the tokenizer has no chat template: an instruction-tuned model is needed"),
-                        ("narrow", f"the model knows {len(words) - 1} tokens and its tokenizer has {len(words)}")):
+    reasons = {
+        "base": "the tokenizer has no chat template: use an instruction-tuned model",
+        "narrow": f"the model knows {len(words) - 1} tokens and its tokenizer has {len(words)}",
+    }
+    for model, said in reasons.items():
         code, _, errors = here(folder, "--name", model, "--model", model, *OPTIONS)
-        assert code == 2 and f"train.py: {said}" in errors and "Traceback" not in errors and not (folder / "runs" / model).exists()
+        assert code == 2 and f"train.py: {said}" in errors and "Traceback" not in errors
+        assert not (folder / "runs" / model).exists()
 
 
 def test_a_model_that_has_diverged_ends_the_run_with_one_line(folder, here):
     """Sampling from NaN gives token 0 for ever, which looks like a run."""
     code, _, errors = here(folder, "--name", "high", "--model", "model", *OPTIONS, "--lr", "1e30")
-    assert code == 2 and "train.py: the model's logits are not finite: has the run diverged?" in errors and "Traceback" not in errors
+    assert code == 2 and "Traceback" not in errors
+    assert "train.py: the model's logits are not finite: has the run diverged?" in errors

@@ -3,9 +3,8 @@
 The reference here uses nothing of kernels.py, on purpose: all logits, F.log_softmax, the papers' formulas, autograd.
 """
 
-import json
 import math
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,14 +106,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("chunk", "slab"), [(1, 5), (7, 1), (7, V), (N, 5), (N, 100), (None, None)])
+@pytest.mark.parametrize("chunk", [1, 7, N, None])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_contract_12_fused_equals_plain(name, chunk, slab):
-    """Value and both gradients equal autograd on materialised logits in float64, for every option, chunk and slab size."""
+def test_contract_12_fused_equals_plain(name, chunk):
+    """Value and both gradients equal autograd on materialised logits in float64, for every option and chunk size."""
     args, rows = batch()
     options = rows | OPTIONS[name]
     want = reference(*args, **options)
-    loss, _ = linear_policy_loss(*args, **options, chunk=chunk, slab=slab)
+    loss, _ = linear_policy_loss(*args, **options, chunk=chunk)
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-13)
     for got, expected in zip(gradients(loss, args), gradients(want, args), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
@@ -125,7 +124,7 @@ def test_contract_12_every_shape(shape):
     """One row, one dimension, a vocabulary of one: no shape is special (verl #2899 was wrong when V % 256 was not 0)."""
     args, rows = batch(*shape)
     for options in ({}, {"kl_coef": 0.3, "entropy_coef": 0.2, "tis_cap": 1.2}, {"sequence_ids": torch.arange(shape[0]) // 2}):
-        want, (loss, _) = reference(*args, **rows, **options), linear_policy_loss(*args, **rows, **options, chunk=3, slab=64)
+        want, (loss, _) = reference(*args, **rows, **options), linear_policy_loss(*args, **rows, **options, chunk=3)
         torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-13)
         for got, expected in zip(gradients(loss, args), gradients(want, args), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
@@ -159,21 +158,21 @@ def test_gradcheck(name):
         @staticmethod
         def forward(ctx, hidden, weight):
             ctx.save_for_backward(hidden, weight)
-            return linear_policy_loss(hidden, weight, *rest, **options, chunk=2, slab=4)[0].detach()
+            return linear_policy_loss(hidden, weight, *rest, **options, chunk=2)[0].detach()
 
         @staticmethod
         def backward(ctx, grad_output):
             leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
             with torch.enable_grad():
-                loss = linear_policy_loss(*leaves, *rest, **options, chunk=2, slab=4)[0]
+                loss = linear_policy_loss(*leaves, *rest, **options, chunk=2)[0]
             return torch.autograd.grad(loss, leaves, grad_output)
     assert torch.autograd.gradcheck(Loss.apply, (hidden, weight), eps=1e-6, atol=1e-7)
 
 
 def test_central_differences():
-    """Twenty entries of hidden and of weight, at a size where chunks and slabs are cut: the loss moves as the gradient says."""
+    """Twenty entries of hidden and of weight, at a size where chunks are cut: the loss moves as the gradient says."""
     (hidden, weight, *rest), rows = batch(40, 16, 300, scale=0.5)
-    loss = lambda: linear_policy_loss(hidden, weight, *rest, **rows, **OPTIONS["everything"], chunk=9, slab=64)[0]
+    loss = lambda: linear_policy_loss(hidden, weight, *rest, **rows, **OPTIONS["everything"], chunk=9)[0]
     g = torch.Generator().manual_seed(1)
     for x, gradient in zip((hidden, weight), torch.autograd.grad(loss(), (hidden, weight)), strict=True):
         for i in torch.randint(x.numel(), (20,), generator=g):
@@ -332,20 +331,6 @@ def test_contract_03_zero_advantage_token_stays_in_its_sequence_ratio():
     assert stats.ratio[:2].tolist() == pytest.approx([math.exp(0.075)] * 2) and stats.ratio[2:].isnan().all()
 
 
-def test_statistics_of_silent_rows_on_request():
-    """all_stats: log-probs and entropies of rows of advantage 0 too, never those of weight 0; loss and gradients are the same."""
-    args, rows = batch()
-    (loss, few), (again, all_) = (linear_policy_loss(*args, **rows, all_stats=x) for x in (False, True))
-    silent = (args[3] == 0) & (args[4] != 0)
-    assert few.logps[silent].isnan().all() and silent.any() and torch.equal(loss, again)
-    want = linear_logps(*args[:3])
-    for mine, true, before in zip((all_.logps, all_.entropy), want, (few.logps, few.entropy), strict=True):
-        torch.testing.assert_close(mine[silent], true[silent], rtol=1e-12, atol=1e-13)
-        assert torch.equal(mine[~silent].nan_to_num(9), before[~silent].nan_to_num(9)) and mine[args[4] == 0].isnan().all()
-    for a, b in zip(gradients(loss, args), gradients(again, args), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_gspo_closed_form():
     """s = (prod of ratios)^(1/length) and dL/dlogp_t = -s A / length for each token, as printed in the paper."""
     (hidden, weight, targets, *_), _ = batch(4)
@@ -364,10 +349,9 @@ def test_gspo_closed_form():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logits", [[16.8, 0.0, 0.0], [0.0, 50.0, 0.0], [0.0, 70.0, 0.0], [0.0, 1e4, -1e4], [1e4, -1e4, 0.0]])
 def test_extremes_are_finite(logits, dtype):
-    """A target (the first) of p = 1 - 1e-7, e^-50 or 1 is right; one of e^-70 or e^-10000 saturates at e^-60; all is finite."""
+    """A target (the first) of p = 1 - 1e-7, e^-50, e^-70, e^-10000 or 1: its log-prob is right, and all is finite."""
     hidden, weight = torch.tensor([logits], dtype=dtype, requires_grad=True), torch.eye(3, dtype=dtype, requires_grad=True)
     want = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)[0].item()
-    want = max(want, -60.0)
     for old in (None, torch.tensor([-1.0]), torch.tensor([-100.0]), torch.tensor([-1e5])):
         for options in ({}, {"kind": "cispo"}, {"kl_coef": 0.1, "entropy_coef": 0.1, "ref_logps": torch.tensor([-5.0])}):
             args = (hidden, weight, torch.tensor([0]), torch.tensor([-1.0]), torch.tensor([1.0]))
@@ -458,9 +442,9 @@ def test_logits_of_the_batch_are_never_held(options):
     with Largest() as plain:
         reference(*args, **rows)
     assert plain.numel == 64 * 50
-    with Largest() as frozen:  # log-probs alone need no more than a slab
-        linear_logps(*args[:3], chunk=8, slab=10)
-    assert frozen.numel == 50 * 4  # the head, which is there anyway
+    with Largest() as alone:
+        linear_logps(*args[:3], chunk=8)
+    assert alone.numel == 8 * 64
 
 
 def test_gradient_is_scaled_by_what_comes_after():
@@ -547,7 +531,6 @@ def test_mixed_dtypes():
     ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ({"temperature": NAN}, "temperature must be positive"),
     ({"chunk": 0}, "chunk must be at least 1"),
-    ({"slab": 0}, "slab must be at least 1"),
     ({"hidden": torch.zeros(N, D + 1)}, r"hidden must be \[N, D\] and weight \[V, D\]"),
     ({"hidden": torch.zeros(N, 1, D)}, r"hidden must be \[N, D\]"),
     ({"targets": torch.zeros(N + 1, dtype=torch.long)}, r"targets must be \[N\] = \[13\].*got \[14\]"),
@@ -582,14 +565,12 @@ def test_examples_in_the_docstrings():
     assert result.attempted >= 8 and result.failed == 0
 
 
-def test_runs_alone(tmp_path):
-    """`python kernels.py` checks itself and prints its table (here without waiting for torch.compile)."""
-    words = [sys.executable, kernels.__file__, "--shape", "64,16,300", "--json", str(tmp_path / "figures.json")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=Path(kernels.__file__).parent, check=False,
-                          env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+def test_runs_alone():
+    """`python kernels.py` compares the plain and the fused loss, and finds no difference but rounding."""
+    done = subprocess.run([sys.executable, kernels.__file__], capture_output=True, text=True,
+                          timeout=120, cwd=Path(kernels.__file__).parent, check=False)
     assert done.returncode == 0, done.stderr
-    assert "sequence ratio" in done.stdout
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    for kind in ("random", "peaked"):
-        rows = {row["name"]: row for row in figures[kind]}
-        assert {"products alone", "fused", "plain"} <= set(rows) and rows["fused"]["error"] < 1e-5
+    first, _, plain, fused = done.stdout.splitlines()
+    errors = [float(word) for word in re.findall(r"\de[+-]\d+", first)]
+    assert len(errors) == 2 and max(errors) < 1e-12
+    assert "logits of 2048 tokens" in plain and "MB" in fused

@@ -53,7 +53,7 @@ def ours(gspo=False, **options):
     ids = torch.arange(B).repeat_interleave(T) if gspo else None
     rows = {"old_logps": old.flatten(), "ref_logps": ref.flatten(), "behavior_logps": behavior.flatten(), "sequence_ids": ids}
     loss, _ = linear_policy_loss(hidden, weight, targets.flatten(), advantages.repeat_interleave(T), mask.flatten() / mask.sum(),
-                                 **rows, **options, chunk=7, slab=10)
+                                 **rows, **options, chunk=7)
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 

@@ -1,4 +1,4 @@
-"""kernels.py's Triton kernels: in the interpreter, compiled for a GPU that is not here, and against float64 on one that is."""
+"""kernels.py's Triton kernel: in the interpreter, compiled for a GPU that is not here, and against float64 on one that is."""
 
 import os
 import subprocess
@@ -25,19 +25,23 @@ def test_contract_12_in_the_interpreter():
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("name", ["_exp_slab_kernel", "_policy_kernel", "_reweigh_kernel"])
-def test_kernels_compile_for_a_gpu_that_is_not_here(name):
-    """Down to the machine code of an H100 (sm_90): a kernel that only the interpreter accepts would be found out here."""
+@pytest.mark.parametrize("kind", range(len(kernels.KINDS)))
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, kind):
+    """Down to machine code for A100, H100 and B200: a kernel that only the interpreter accepts would be found out here."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel = getattr(kernels, name)
-    constants = {"SIZE": 8192, "STORE": True, "BLOCK": 128, "KIND": 0, "OLD": True, "DUAL": True, "TIS": True, "KL": True}
-    types = {"E": "*bf16", "TARGET": "*i64", "target": "i64", "size": "i32", "stride": "i32", "logits_stride": "i32", "e_stride": "i32"}
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    signature = {k: "constexpr" if k in constants else types.get(k, "*fp32" if k.isupper() else "fp32") for k in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-    assert "ex2.approx" in compiled.asm["ptx"] or name == "_reweigh_kernel"
-    assert len(compiled.asm["cubin"]) > 1000
+    kernel = kernels._fused_kernel
+    flags = ("OLD", "DUAL", "TIS", "KL", "GRADIENT")
+    constants = {"VOCABULARY": 151936, "KIND": kind, "SLOPES": False, "BLOCK": 2048} | dict.fromkeys(flags, True)
+    types = {"DLOGITS": "*bf16", "TARGETS": "*i64", "logits_stride": "i64", "dlogits_stride": "i64"}
+    signature = {}
+    for name in kernel.arg_names:
+        default = "*fp32" if name.isupper() else "fp32"
+        signature[name] = "constexpr" if name in constants else types.get(name, default)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
+    assert "ex2.approx" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 1000
 
 
 # ---- on a GPU ----
@@ -47,10 +51,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gpu_equals_float64(name, dtype):
-    """The whole loss through the kernels against float64 through their twins, from the same 16-bit inputs."""
+    """The whole loss through the kernel against float64 through the torch version, from the same 16-bit inputs."""
     args, rows = batch(11, 64, 1000, dtype, "cuda")
     options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in (rows | OPTIONS[name]).items()}
-    got = results(args, **options, chunk=4, slab=300)
+    got = results(args, **options, chunk=4)
     want = results(widen(args), **widen(options))
     kept = ~want[3].isnan()
     assert (got[3] - want[3])[kept].abs().max() < 1e-5 and (got[4] - want[4])[kept].abs().max() < 1e-4
@@ -73,12 +77,12 @@ def test_gpu_at_the_size_of_a_real_vocabulary(peaked):
 
 @gpu
 def test_gpu_holds_no_more_than_it_says():
-    """Beyond inputs and gradients: a chunk of exponentials, a slab of logits, both gradients in float32."""
-    N, D, V, chunk, slab = 4096, 512, 50304, 512, 4096
+    """Beyond inputs and gradients: a chunk of logits, their gradient in 16 bits, both gradients in float32."""
+    N, D, V, chunk = 4096, 512, 50304, 512
     args, old = bench_kernels.toy(N, D, V, torch.bfloat16, "cuda")
-    step = lambda: torch.autograd.grad(linear_policy_loss(*args, old_logps=old, chunk=chunk, slab=slab)[0], args[:2])
+    step = lambda: torch.autograd.grad(linear_policy_loss(*args, old_logps=old, chunk=chunk)[0], args[:2])
     step()
-    formula = 2 * chunk * V + 4 * chunk * slab + 4 * (N + V) * D + 6 * chunk * D
+    formula = (2 + 4) * chunk * V + 4 * (N + V) * D + 6 * chunk * D
     assert bench_kernels.weigh(step, cuda=True) <= 1.05 * formula
 
 

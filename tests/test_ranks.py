@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from test_grpo import batch, tiny
 
 import train
-from grpo import GRPOConfig, assemble, gather, make_packs, make_rows, ranks, sharded, spread, update
+from grpo import GRPOConfig, gather, make_packs, make_rows, ranks, share_weights, update
 
 ROOT = Path(__file__).parent.parent
 WAITING = 1  # seconds a process waits for another unless it is told otherwise; here, in place of torch's 30 minutes
@@ -58,7 +58,7 @@ class Lengths:
 def demonstrate_lengths(env, random):
     yield "x" * random.randint(1, 5)
 """
-RUN = dict(env=["lengths.py:Lengths"], model="model", dtype="float64", device="cpu", lr=1e-3, warmup_lr=3e-2, steps=3, warmup_steps=8,
+RUN = dict(env=["lengths.py:Lengths"], model="model", dtype="float64", device="cpu", lr=1e-3, warmup_lr=3e-2, steps=3, warmup_steps=16,
            save_every=2, tasks_per_step=3, group_size=4, eval_tasks=3, max_new_tokens=8, max_turns=2, context=256, pack_tokens=300,
            kl_coef=0.05, temperature=1.0, epochs=3, negative_weight=0.1)
 WORDS = [word for key, value in RUN.items() for word in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))]
@@ -91,48 +91,44 @@ GRADIENTS = {"seven packs": {"pack_tokens": 21}, "every episode the same": {"pac
 ALONE = "one pack, so one process has none"
 
 
-def updated(config, rows, shard, dtype=torch.float64):
+def updated(config, rows, dtype=torch.float64):
     """(the gradient of each of three epochs, the report, the weights) of one update, in a process that has all rows."""
     model = tiny(ranks()[0], dtype)  # the second process begins with other weights, and is to be given those of the first
-    spread(model, shard)
-    with sharded(model):
-        optimizer, gradients = torch.optim.SGD(model.parameters(), lr=0.3), []
-    optimizer.register_step_pre_hook(lambda *_: gradients.append(assemble([p.grad.clone() for p in model.parameters()])))
+    share_weights(model)
+    optimizer, gradients = torch.optim.SGD(model.parameters(), lr=0.3), []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in model.parameters()]))
     report = update(model, optimizer, rows, config)
-    return gradients, report, train.model_state(model)
+    return gradients, report, {name: p.detach().clone() for name, p in model.state_dict().items()}
 
 
-def updates(shard, dtype=torch.float64):
+def updates(dtype=torch.float64):
     """{case: what `updated` gives}"""
     many = make_rows(batch(5, groups=7, size=2), GRPOConfig())[0]
     if dtype == torch.float32:
-        return {"seven packs": updated(GRPOConfig(**GRADIENTS["seven packs"]), many, shard, dtype)}
-    out = {name: updated(GRPOConfig(**options), many, shard) for name, options in GRADIENTS.items()}
-    out[ALONE] = updated(GRPOConfig(kind="reinforce"), many[:1], shard)
+        return {"seven packs": updated(GRPOConfig(**GRADIENTS["seven packs"]), many, dtype)}
+    out = {name: updated(GRPOConfig(**options), many) for name, options in GRADIENTS.items()}
+    out[ALONE] = updated(GRPOConfig(kind="reinforce"), many[:1])
     broken = [replace(row, advantages=[float("nan")] * len(row.trained)) if row is many[0] else row for row in many]
-    return out | {"not finite": updated(GRPOConfig(pack_tokens=1), broken, shard)}
+    return out | {"not finite": updated(GRPOConfig(pack_tokens=1), broken)}
 
 
 def two_processes():
-    """What each of the two runs: all updates, replicated and sharded, and two whole runs."""
+    """What each of the two runs: all updates, and a whole run."""
     dist.distributed_c10d.default_pg_timeout = timedelta(seconds=WAITING)
     train.join(train.Config(device="cpu"))
-    results = {}
-    for shard in (False, True):
-        for dtype in (torch.float64, torch.float32):
-            results[shard, dtype] = updates(shard, dtype)
-            for _, report, _ in results[shard, dtype].values():
-                assert len({json.dumps(r) for r in gather(report)}) == 1, "they must not even report different things"
+    results = {dtype: updates(dtype) for dtype in (torch.float64, torch.float32)}
+    for of_dtype in results.values():
+        for _, report, _ in of_dtype.values():
+            assert len({json.dumps(r) for r in gather(report)}) == 1, "they must not even report different things"
     if ranks()[0] == 0:
         torch.save(results, "updates.pt")
-    train.train(train.Config(**RUN, name="replicated"))
-    train.train(train.Config(**RUN, name="sharded", shard=True))
+    train.train(train.Config(**RUN, name="two"))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with an environment, a model, and the same run by one process, by two, and by two that shard."""
+    """A folder with an environment, a model, and the same run by one process and by two."""
     folder, before = tmp_path_factory.mktemp("ranks"), Path.cwd()
     (folder / "lengths.py").write_text(ENVIRONMENT)
     os.chdir(folder)
@@ -140,7 +136,7 @@ def folder(tmp_path_factory):
     try:
         config = train.Config(**RUN, name="one")
         tokenizer = train.learn_tokenizer(train.make_envs(config), config)
-        train.save_model(folder / "model", model := tiny(0, vocab=len(tokenizer)), tokenizer, model.state_dict())
+        train.save_model(folder / "model", tiny(0, vocab=len(tokenizer)), tokenizer)
         two = processes([__file__], folder)
         train.train(config)
         for process in two:
@@ -154,9 +150,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def computed(folder):
-    """{(sharded, dtype): updates} by two processes, and {dtype: updates} by this one."""
+    """{(processes, dtype): updates}, by two processes and by this one."""
     two = torch.load(folder / "updates.pt", weights_only=True)
-    return two | {dtype: updates(False, dtype) for dtype in (torch.float64, torch.float32)}
+    dtypes = torch.float64, torch.float32
+    return {(2, dtype): two[dtype] for dtype in dtypes} | {(1, dtype): updates(dtype) for dtype in dtypes}
 
 
 def distance(a, b):
@@ -168,12 +165,11 @@ def distance(a, b):
 # ---- the update ----
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("case", [*GRADIENTS, ALONE])
-def test_contract_06_two_processes_make_the_gradient_of_one(computed, case, shard):
+def test_contract_06_two_processes_make_the_gradient_of_one(computed, case):
     """Gradients, report and weights of three epochs, after clipping. They may differ by the rounding of sums."""
-    gradients, report, weights = computed[shard, torch.float64][case]
-    expected, expected_report, expected_weights = computed[torch.float64][case]
+    gradients, report, weights = computed[2, torch.float64][case]
+    expected, expected_report, expected_weights = computed[1, torch.float64][case]
     assert len(gradients) == len(expected) == 3
     for g, e in zip(gradients, expected):
         assert distance(g, e)[1] < 1e-12 and sum(x.abs().max() for x in e) > 0
@@ -181,13 +177,12 @@ def test_contract_06_two_processes_make_the_gradient_of_one(computed, case, shar
     assert weights.keys() == expected_weights.keys() and distance(weights.values(), expected_weights.values())[1] < 1e-12
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-def test_contract_06_in_float32_they_differ_by_rounding(computed, shard):
+def test_contract_06_in_float32_they_differ_by_rounding(computed):
     """Sums of twenty rows, in another order: some units in the last of seven digits. `-s` shows the figures."""
     for dtype, most in ((torch.float64, 1e-15), (torch.float32, 1e-6)):
-        (g, *_), (e, *_) = (computed[key]["seven packs"][0] for key in ((shard, dtype), dtype))
+        (g, *_), (e, *_) = (computed[key]["seven packs"][0] for key in ((2, dtype), (1, dtype)))
         largest, relative = distance(g, e)
-        print(f"\n{dtype}, {'sharded' if shard else 'replicated'}: gradients differ by {largest:.1e}, {relative:.1e} of the largest entry")
+        print(f"\n{dtype}: gradients differ by {largest:.1e}, {relative:.1e} of the largest entry")
         assert relative < most
 
 
@@ -197,10 +192,9 @@ def test_the_cases_are_what_they_are_called():
     assert len(make_packs(rows[:1], GRPOConfig())) == 1
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(computed, shard):
+def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(computed):
     """Else their weights part for ever."""
-    gradients, report, weights = computed[shard, torch.float64]["not finite"]
+    gradients, report, weights = computed[2, torch.float64]["not finite"]
     assert gradients == [] and report["skipped"] == 3
     assert distance(weights.values(), tiny().state_dict().values()) == (0.0, 0.0)
 
@@ -241,10 +235,9 @@ def same_weights(a, b, what="model"):
     return a.keys() == b.keys() and max(distance([a[key]], [b[key]])[0] for key in a) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["replicated", "sharded"])
-def test_contract_06_a_run_of_two_processes_is_that_of_one(folder, name):
+def test_contract_06_a_run_of_two_processes_is_that_of_one(folder):
     """Warm start and three steps of three groups: episodes token by token and in order, metrics, scores, weights, file by file."""
-    one, two = folder / "runs" / "one", folder / "runs" / name
+    one, two = folder / "runs" / "one", folder / "runs" / "two"
     assert files(two) == files(one)
     episodes, expected = lines(two / "episodes.jsonl.gz"), lines(one / "episodes.jsonl.gz")
     assert len(episodes) == len(expected) == 3 * 3 * 4
@@ -264,11 +257,10 @@ def test_contract_06_a_run_of_two_processes_is_that_of_one(folder, name):
         assert same_weights(two, one, what)
 
 
-@pytest.mark.parametrize("name", ["replicated", "sharded"])
-def test_checkpoints_are_the_same_files_for_any_number_of_processes(folder, name):
-    """Names, types and shapes; and Adam's averages, which a sharded run must put together again."""
+def test_checkpoints_are_the_same_files_for_any_number_of_processes(folder):
+    """Names, types and shapes; and Adam's averages."""
     for step in ("step-000000", "step-000002", "step-000003"):
-        one, two = (torch.load(folder / "runs" / run / "checkpoints" / step / "trainer.pt", weights_only=True) for run in ("one", name))
+        one, two = (torch.load(folder / "runs" / run / "checkpoints" / step / "trainer.pt", weights_only=True) for run in ("one", "two"))
         assert shapes(one) == shapes(two)
         assert {k: one[k] for k in ("step", "tokens", "cursor", "before")} == {k: two[k] for k in ("step", "tokens", "cursor", "before")}
         for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
@@ -277,7 +269,7 @@ def test_checkpoints_are_the_same_files_for_any_number_of_processes(folder, name
 
 def test_a_long_tool_call_of_one_process_does_not_trip_the_others(folder):
     """They wait for it: twice as long as they would if they had not been told to."""
-    assert lines(folder / "runs" / "replicated" / "metrics.jsonl")[0]["seconds"] > TOOL > WAITING
+    assert lines(folder / "runs" / "two" / "metrics.jsonl")[0]["seconds"] > TOOL > WAITING
 
 
 # ---- the processes of torchrun ----
@@ -337,9 +329,9 @@ def test_ctrl_c_stops_all_after_the_same_step(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one", "replicated", "sharded"])
+@pytest.mark.parametrize("name", ["one", "two"])
 def test_a_run_is_resumed_by_another_number_of_processes(folder, name):
-    """From step 2 of three, by one process and by two, replicated and sharded: the weights are those of the run that was not stopped."""
+    """From step 2 of three, by one process and by two: the weights are those of the run that was not stopped."""
     for number in (1, 2):
         again = folder / "runs" / f"{name}-again-by-{number}"
         shutil.copytree(folder / "runs" / name, again)

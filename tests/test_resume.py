@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -287,63 +286,17 @@ def test_lines_after_the_checkpoint_and_a_half_written_one_are_cut_off(tmp_path)
         assert lines(path) == [], "a file that somebody emptied is not filled with zeros"
 
 
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_a_bit(path):
-    """Of the weights it raises nothing when they are loaded, and changes the run."""
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 1
-    path.write_bytes(data)
-
-
-def empty(path):
-    """What many file systems leave of a file that was not synced when the power failed."""
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt", "config.json", "tokenizer.json", "SHA256SUMS"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(copy, capsys, file):
-    run = copy("damaged")
-    last, before = (run / "checkpoints" / f"step-{n:06d}" for n in (6, 5))
-    whole = (last / file).read_bytes()
-    for harm in (truncate, flip_a_bit, empty, Path.unlink):
-        harm(last / file)
-        assert train.newest_checkpoint(run) == before, harm
-        out = capsys.readouterr().out
-        assert out.startswith(f"{last} is damaged (") and out.endswith(") and passed over\n")
-        assert file in out or harm is flip_a_bit and file == "SHA256SUMS", "a wrong sum looks like a wrong file"
-        (last / file).write_bytes(whole)
-    assert train.newest_checkpoint(run) == last and capsys.readouterr().out == ""
-
-
-def test_a_run_goes_on_behind_a_damaged_checkpoint(start, whole, copy):
-    """And writes it again: a folder that exists was taken for a checkpoint that is saved."""
-    run = copy("bent")
-    shutil.rmtree(run / "checkpoints" / "step-000006")
-    (run / "summary.json").unlink()
-    truncate(run / "checkpoints" / "step-000005" / "trainer.pt")
-    finish(start(run.parent.parent, ["--resume", "runs/bent"]))
-    assert "step-000005 is damaged (trainer.pt) and passed over" in (run.parent.parent / "out.txt").read_text()
-    assert_equal(run, whole)
-    assert train.damage(run / "checkpoints" / "step-000005") == []
-
-
-def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_with(copy):
-    run = copy("lost")
-    for checkpoint in (run / "checkpoints").iterdir():
-        truncate(checkpoint / "model.safetensors")
-    with pytest.raises(train.UserError, match="runs/lost has no checkpoint that is whole"):
-        train.newest_checkpoint(run)
-    with pytest.raises(train.UserError, match=r"step-000000 is damaged \(model.safetensors\), and the KL term is to it"):
-        train.load_reference(train.Config(), None, run)
-
-
-def test_the_checksums_are_those_that_sha256sum_reads(whole):
-    checkpoint = whole / "checkpoints" / "step-000006"
-    out = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=checkpoint, capture_output=True, text=True, check=True).stdout
-    assert {line.removesuffix(": OK") for line in out.splitlines()} == {p.name for p in checkpoint.iterdir()} - {"SHA256SUMS"}
+def test_a_run_of_an_older_version_is_refused_in_one_line(start, copy):
+    """Its run.json has options that are gone. To leave them out might train something else."""
+    run = copy("old")
+    stored = json.loads((run / "run.json").read_text())
+    stored["config"]["shard"] = False
+    (run / "run.json").write_text(json.dumps(stored))
+    finish(start(run.parent.parent, ["--resume", "runs/old"]), code=2)
+    [line] = (run.parent.parent / "out.txt").read_text().splitlines()
+    assert line.startswith("train.py: ") and "shard" in line
+    with pytest.raises(train.UserError, match="does not hold the options of a run of this version.*shard"):
+        train.read_run(str(run))
 
 
 def test_a_finished_run_is_left_as_it_is(start, whole):

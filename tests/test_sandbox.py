@@ -589,7 +589,7 @@ def test_where_no_user_namespace_may_be_made_it_refuses(world):
 
 def test_the_prompt_describes_the_tool_and_does_not_say_how_it_is_kept_in():
     described = schema(tools.python)["function"]
-    assert described["description"] == (
+    assert " ".join(described["description"].split()) == (
         f"Run a Python program with the standard library, for at most {tools._SECONDS} seconds. What it prints comes back. "
         "Each run starts afresh.")  # fmt: skip
     assert list(described["parameters"]["properties"]) == ["code"]

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
 import train
-from rollout import Engine
+from rollout import Decoder
 
 
 class Products(TorchDispatchMode):
@@ -36,20 +36,20 @@ def test_no_matrix_product_of_a_default_run_is_in_16_bits(here, tmp_path, monkey
         def watched(*args, **kwargs):
             with Products() as products:
                 result = function(*args, **kwargs)
-            seen.setdefault(name, set()).update(products.seen)
+            seen.setdefault(f"{owner.__name__}.{name}", set()).update(products.seen)
             return result
 
         monkeypatch.setattr(owner, name, watched)
 
     watch(train.Muon, "step")
-    watch(Engine, "_step")
+    watch(Decoder, "step")
     watch(grpo, "pack_gradient")
     words = "--env calculator:digits=1 --warmup-steps 3 --steps 1 --tasks-per-step 2 --group-size 4 --eval-tasks 2 --name bits"
     before = torch.get_num_threads()
     code, _, errors = here(tmp_path, *words.split())
     torch.set_num_threads(before)
     assert code == 0, errors
-    assert seen == {name: {torch.float32} for name in ("step", "_step", "pack_gradient")}
+    assert seen == {name: {torch.float32} for name in ("Muon.step", "Decoder.step", "grpo.pack_gradient")}
 
 
 def test_muon_moves_a_matrix_equally_far_in_all_directions():
