@@ -19,12 +19,12 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "tests" / "README.md"]
 COLOURS = ["#1f77b4", "#d95f02", "#2ca02c", "#c2185b", "#7b1fa2", "#8d6e63"]
 STYLE = """<style>
-text { font: 13px sans-serif; fill: #444 } .axis { stroke: #999 } .grid { stroke: #9994 }
-.token { font: 12px monospace; white-space: pre } .policy { fill: #2e7d32; font-weight: bold }
-.environment { fill: #b26a00 } .prompt { fill: #777 }
+text { font: 13px sans-serif }
+.token { font: 12px monospace; white-space: pre } .policy { font-weight: bold }
 @media (prefers-color-scheme: dark) { text { fill: #ccc } .policy { fill: #81c784 }
 .environment { fill: #ffb74d } .prompt { fill: #999 } }
 </style>"""
+INK = {"policy": "#2e7d32", "environment": "#b26a00", "prompt": "#777"}  # on a light page
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ def draw_curves(metrics: list[dict]) -> str:
     parts = [STYLE]
     for percent in (0, 25, 50, 75, 100):
         (x, y), (end, _) = at(0, percent / 100, steps), at(steps, 0, steps)
-        parts.append(f'<line class="grid" x1="{x}" x2="{end}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{x - 8}" y="{y + 4}" text-anchor="end">{percent} %</text>')
+        parts.append(f'<line stroke="#bbb" x1="{x}" x2="{end}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{x - 8}" y="{y + 4}" fill="#666" text-anchor="end">{percent} %</text>')
     for number, (name, curve) in enumerate(curves(metrics).items()):
         points = [at(step, success, steps) for step, success in enumerate(curve, 1)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -68,7 +68,7 @@ def draw_curves(metrics: list[dict]) -> str:
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
         parts.append(f'<text x="{WIDTH - 115}" y="{y}" style="fill: {colour}">{escape(name)}</text>')
     x, y = at(steps / 2, 0, steps)
-    parts.append(f'<text x="{x}" y="{y + 40}" text-anchor="middle">updates by reinforcement '
+    parts.append(f'<text x="{x}" y="{y + 40}" fill="#666" text-anchor="middle">updates by reinforcement '
                  f"learning (1 to {steps}); success of the attempts, smoothed</text>")
     return svg(parts, WIDTH, HEIGHT)
 
@@ -100,11 +100,12 @@ def draw_episode(episode: dict, tokenizer) -> str:
         for line in tokenizer.decode(ids).split("\n"):
             for begin in range(0, max(len(line), 1), COLUMNS):
                 part = escape(line[begin : begin + COLUMNS])
-                lines.append(f'<text class="token {name}" x="10" y="{16 * row}">{part}</text>')
+                lines.append(f'<text class="token {name}" fill="{INK[name]}" font-size="12" '
+                             f'font-family="monospace" x="10" y="{16 * row}">{part}</text>')
                 row += 1
-    legend = " ".join(f'<tspan class="{name}">{name}</tspan>'
-                      for name in ("prompt", "policy", "environment"))
-    lines.append(f'<text x="10" y="{16 * row + 8}">written by: {legend}</text>')
+    legend = ", ".join(f'<tspan class="{name}" fill="{ink}">{name}</tspan>'
+                       for name, ink in INK.items())
+    lines.append(f'<text x="10" y="{16 * row + 8}" fill="#666">written by: {legend}</text>')
     return svg(lines, 720, 16 * row + 20)
 
 
