@@ -19,7 +19,8 @@ documents = pytest.mark.parametrize("document", figures.DOCUMENTS, ids=["README"
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().split()) <= 1500
+    words = [word for word in (ROOT / "README.md").read_text().split() if any(map(str.isalnum, word))]  # not the bars of tables
+    assert len(words) <= 1500
 
 
 @documents
