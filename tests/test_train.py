@@ -358,18 +358,6 @@ def test_examples_in_docstrings_are_true(name):
     assert failed == 0 and tried > 0
 
 
-def test_the_readmes_own_tool_and_environment_work(tmp_path, here):
-    """The code blocks of the README that define an environment are run as they stand there, each under 20 lines."""
-    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for name, code in blocks:
-        assert code.count("\n") < 20
-        (tmp_path / name).write_text(code)
-    code, _, errors = here(tmp_path, "--name", "mine", *SMALL, "--steps", "1", "--env", "buttons.py:Buttons", "wordy.py:Wordy")
-    assert code == 0, errors
-    assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").is_file()
-
-
 # ---- learning ----
 
 
