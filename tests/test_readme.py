@@ -60,7 +60,7 @@ def test_links_to_files_lead_somewhere(document):
 
 
 def test_formulas_use_only_what_github_shows():
-    """It drops the backslash of \\, and the like, reads }_ as emphasis, and forbids \\operatorname."""
+    """It drops the backslash of \\, and the like, may read }_ as emphasis, and forbids \\operatorname."""
     text = re.sub(r"```.*?```|`[^`]*`", "", README.read_text(), flags=re.DOTALL)
     formulas = re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", text)
     assert len(formulas) > 20
@@ -95,6 +95,12 @@ def test_commands_name_files_and_options_that_exist(document):
         elif scripts and "pytest" not in words:
             source = (ROOT / scripts[0]).read_text()
             assert all(word in source for word in words if word.startswith("--")), words
+
+
+def test_options_that_the_readme_names_are_options_of_train():
+    named = re.findall(r"`--([a-z-]+)[^`]*`", README.read_text())
+    assert named and {name.replace("-", "_") for name in named} <= {
+        field.name for field in dataclasses.fields(train.Config)}
 
 
 def test_the_two_first_commands_are_these():
