@@ -317,10 +317,11 @@ def _rows_per_chunk(count, vocabulary, cuda, chunk):
     """Rows of logits that are held at a time; all chunks are about equal.
 
     On a CPU: few enough for its caches, but with fewer than 128 the head's gradient would be
-    rewritten too often. On a GPU (an estimate, not measured yet): products large enough to fill it.
+    rewritten too often. On a GPU (an estimate, not measured yet): products large enough to fill it,
+    in logits of 1 GB at most.
     """
     on_cpu = max(2**20 // vocabulary, min(256, max(128, 2**24 // vocabulary)))
-    most = chunk or (4096 if cuda else on_cpu)
+    most = chunk or (min(4096, 2**28 // vocabulary) if cuda else on_cpu)
     chunks = math.ceil(count / most)
     return math.ceil(count / chunks)
 
@@ -438,9 +439,9 @@ def fused_policy_loss(logits, dlogits, rows, options, temperature):
 def _fused_torch(logits, dlogits, rows, options, temperature):
     """The same for a few rows. Returns losses, logps, entropy, ratio, clipped: [5, C]."""
     targets = rows.targets[:, None]  # [C, 1]
-    z = logits.div_(temperature)
-    largest = z.max(1, keepdim=True).values  # [C, 1]
-    z -= largest
+    largest = logits.max(1, keepdim=True).values  # [C, 1]
+    # First subtract, then divide: of large logits, the quotients would lose their last digits.
+    z = logits.sub_(largest).div_(temperature)  # [C, V]
     z_target = z.gather(1, targets)[:, 0]  # [C], 0 if the target is the likeliest token
     e = z.exp()  # [C, V]
     weighted = torch.linalg.vecdot(e, z)  # [C], the sum of e z
@@ -448,8 +449,8 @@ def _fused_torch(logits, dlogits, rows, options, temperature):
     others = e.sum(1)  # [C], of all tokens but the target
     total = others + z_target.exp()
     # z_target is 0 if the target is the likeliest token. log1p keeps the digits of p near 1.
-    log_total = total.log()
-    logps = torch.where(z_target == 0, -torch.log1p(others), z_target - log_total)
+    log_total = torch.where(z_target == 0, torch.log1p(others), total.log())
+    logps = z_target - log_total
     entropy = log_total - weighted / total
     losses, ratio, clipped, slopes = _losses_and_slopes(logps, entropy, rows, options)
     if dlogits is not None:
@@ -517,13 +518,13 @@ if triton:
         """One row of logits: read it twice, and keep everything between in registers."""
         row = tl.program_id(0).to(tl.int64)  # row * stride is beyond 2^31 for large chunks
         target, LOGITS = tl.load(TARGETS + row), LOGITS + row * logits_stride
-        z_target = tl.load(LOGITS + target) * inverse_temperature
-        largest, others, weighted = _row_sums(LOGITS, target, z_target, inverse_temperature,
-                                              VOCABULARY, BLOCK)
-        e_target = tl.exp(z_target - largest)
+        largest, others, weighted = _row_sums(LOGITS, target, inverse_temperature, VOCABULARY,
+                                              BLOCK)
+        z_target = (tl.load(LOGITS + target) - largest) * inverse_temperature
+        e_target = tl.exp(z_target)
         total = others + e_target
-        log_total = tl.log(total)
-        logp = tl.where(z_target == largest, -_log1p(others), z_target - largest - log_total)
+        log_total = tl.where(z_target == 0.0, _log1p(others), tl.log(total))
+        logp = z_target - log_total
         entropy = log_total - weighted / total
 
         weight = tl.load(WEIGHTS + row)
@@ -548,45 +549,47 @@ if triton:
             bonus = -entropy_coef * weight
             at_target = (slope * others - bonus * e_target * (logp + entropy)) / total
             _store_gradient(LOGITS, DLOGITS + row * dlogits_stride, target,
-                            at_target, slope, bonus, entropy, largest + log_total,
+                            at_target, slope, bonus, entropy, largest, log_total,
                             inverse_temperature, VOCABULARY, BLOCK)
 
     @triton.jit
-    def _row_sums(LOGITS, target, z_target, inverse_temperature, VOCABULARY: tl.constexpr,
+    def _row_sums(LOGITS, target, inverse_temperature, VOCABULARY: tl.constexpr,
                   BLOCK: tl.constexpr):
-        """The largest z; the sum of e = exp(z - largest) without the target's; the sum of e log e.
+        """The largest logit; the sum of e = exp((logit - largest) / temperature) of all but the
+        target; the sum of e log e of all.
 
-        One pass: when a larger z comes, the sums so far are rescaled to it.
+        One pass: when a larger logit comes, the sums so far are rescaled to it.
         """
-        largest, others, weighted = z_target, 0.0, 0.0
+        at_target = tl.load(LOGITS + target)
+        largest, others, weighted = at_target, 0.0, 0.0
         for begin in range(0, VOCABULARY, BLOCK):
             column = begin + tl.arange(0, BLOCK)
-            z = tl.load(LOGITS + column, mask=column < VOCABULARY, other=float("-inf"))
-            z = z * inverse_temperature
-            new_largest = tl.maximum(largest, tl.max(z, 0))
-            step = largest - new_largest  # at most 0
+            logit = tl.load(LOGITS + column, mask=column < VOCABULARY, other=float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(logit, 0))
+            step = (largest - new_largest) * inverse_temperature  # at most 0
             scale = tl.exp(step)
             # The target's own share of `weighted` is added at the end.
             weighted = scale * (weighted + step * others)
             others = scale * others
-            q = z - new_largest
+            q = (logit - new_largest) * inverse_temperature
             e = tl.where(column == target, 0.0, tl.exp(q))
             others += tl.sum(e, 0)
             weighted += tl.sum(tl.where(e > 0, e * q, 0.0), 0)
             largest = new_largest
-        q_target = z_target - largest
+        q_target = (at_target - largest) * inverse_temperature
         weighted += tl.where(q_target > -80.0, tl.exp(q_target) * q_target, 0.0)
         return largest, others, weighted
 
     @triton.jit
-    def _store_gradient(LOGITS, DLOGITS, target, at_target, slope, bonus, entropy, log_normaliser,
-                        inverse_temperature, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+    def _store_gradient(LOGITS, DLOGITS, target, at_target, slope, bonus, entropy, largest,
+                        log_total, inverse_temperature, VOCABULARY: tl.constexpr,
+                        BLOCK: tl.constexpr):
         """The second pass over a row: the gradient of its logits."""
         for begin in range(0, VOCABULARY, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             inside = column < VOCABULARY
-            z = tl.load(LOGITS + column, mask=inside, other=0.0) * inverse_temperature
-            log_p = z - log_normaliser
+            logit = tl.load(LOGITS + column, mask=inside, other=0.0)
+            log_p = (logit - largest) * inverse_temperature - log_total
             gradient = -tl.exp(log_p) * (slope + bonus * (log_p + entropy))
             gradient = tl.where(column == target, at_target, gradient) * inverse_temperature
             tl.store(DLOGITS + column, gradient.to(DLOGITS.dtype.element_ty), mask=inside)

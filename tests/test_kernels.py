@@ -360,6 +360,21 @@ def test_extremes_are_finite(logits, dtype):
             assert all(torch.isfinite(x).all() for x in (loss, stats.ratio, stats.entropy, *gradients(loss, args)))
 
 
+def test_a_sure_policy_keeps_its_digits():
+    """In float32, with p of the target about 1 - 2e-4 and logits around 1,000: log-prob, entropy and gradient to six digits.
+
+    logit / temperature - largest lost most digits of the log-prob, and log(1 + others) those of the entropy.
+    """
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        hidden = torch.tensor([[1010.0, 1000.0, 999.0, 1001.5]], dtype=dtype, requires_grad=True)
+        head, one = torch.eye(4, dtype=dtype), torch.ones(1)
+        loss, stats = linear_policy_loss(hidden, head, torch.tensor([0]), one, one, temperature=1.1)
+        loss.backward()
+        found.append([stats.logps.double(), stats.entropy.double(), hidden.grad.double()])
+    torch.testing.assert_close(found[0], found[1], rtol=2e-6, atol=0)
+
+
 def test_known_distributions():
     """Uniform: entropy log V. One-hot by logits of 1e4: logp 0, entropy 0, and no gradient left to take."""
     logps, entropy = linear_logps(torch.zeros(1, 2), torch.ones(50, 2), torch.tensor([3]))

@@ -129,6 +129,15 @@ def test_contract_12_16_bits_as_on_a_gpu(mixed_products, name, dtype):
         assert mine.dtype == dtype and (mine.float() - true).norm() / true.norm() < 1e-2
 
 
+def test_triton_a_sure_policy_keeps_its_digits():
+    """p of the target about 1 - 2e-4, logits around 1,000: log-prob, entropy and gradient to six digits."""
+    states, head = torch.tensor([[1010.0, 1000.0, 999.0, 1001.5]], requires_grad=True), torch.eye(4)
+    args = (states, head.requires_grad_(), torch.tensor([0]), torch.ones(1), torch.ones(1))
+    _, dx, _, logps, entropy, _, _ = both(args, temperature=1.1)
+    for mine, torchs in (dx, logps, entropy):
+        torch.testing.assert_close(mine, torchs, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("logits", [[16.8, 0.0, 0.0], [0.0, 50.0, 0.0], [0.0, 70.0, 0.0], [0.0, 1e4, -1e4], [1e4, -1e4, 0.0]])
 def test_triton_extremes_are_finite(logits):
     """Targets of p = 1 - 1e-7, e^-50, e^-70, e^-10000 and 1: each right, and never a NaN from 0 * inf."""
