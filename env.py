@@ -823,19 +823,19 @@ def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
     """(seed, task) of the tasks to evaluate on, or of those to train on, from seed `start` on.
 
     final: of the tasks to evaluate on, those for final figures, which are otherwise left out.
-    A seed whose `reset` raises is passed over. Raises EnvError after 20 of these in a row, and if
-    there is no task of the wanted kind.
+    A seed whose `reset` raises or hangs is passed over. Raises EnvError after 20 of these in a row,
+    and if there is no task of the wanted kind.
     """
     env, failed, last_found = factory(), 0, start
     for seed in itertools.count(start):
         try:
-            task = env.reset(seed)
+            task = _reset(env, seed)  # under a time limit
             failed, found = 0, (held_out(task), for_final_figures(task)) == (evaluation, final)
         except Exception as e:
-            failed, found = failed + 1, False
+            env, failed, found = factory(), failed + 1, False  # the old one may still be busy
             if failed == MOST_FAILURES:
                 raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, "
-                               f"at last {describe(e)}") from e
+                               f"at last {describe(e.__cause__ or e)}") from e
         if found:
             last_found = seed
             yield seed, task

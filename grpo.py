@@ -517,11 +517,13 @@ def add_gradients(model, packs: list[Pack], config: GRPOConfig, temperature: flo
 
     Returns (loss, Stats) of each. A large model computes one pack after the other, and its
     operations share the cores. The operations of a small model are too short for that. With one
-    thread for each (`torch.set_num_threads(1)`), whole packs are computed side by side instead.
+    thread for each (`torch.set_num_threads(1)`), a CPU computes whole packs side by side instead.
     The sums, and so their bits, are the same on any number of cores.
     """
     has_masters = any(hasattr(p, "master") for p in model.parameters())
-    if torch.get_num_threads() > 1 or has_masters:
+    # On a GPU, side by side would only mean the gradients of all packs in memory at once.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if torch.get_num_threads() > 1 or has_masters or not on_cpu:
         return [add_gradient(model, pack, config, temperature) for pack in packs]
     job = partial(pack_gradient, model, config=config, temperature=temperature)
     with ThreadPoolExecutor(cores()) as threads:

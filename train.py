@@ -222,6 +222,8 @@ def train(config: Config) -> None:
     lock = lock_run(run) if run and first else None  # held until this process ends
     factories = make_envs(config)
     checkpoint = newest_checkpoint(run) if run else None
+    if run and not checkpoint and (run / METRICS).exists():  # to begin again would cut its files
+        raise UserError(f"{run} has lost its checkpoints: there is nothing to go on from")
     model, tokenizer = load_model(config, factories, checkpoint)
     chat, engine = make_engine(model, tokenizer, config)
     check_fit(chat, factories, config)

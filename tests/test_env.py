@@ -94,6 +94,23 @@ def test_the_same_seed_gives_the_same_task_in_every_process():
 # ---- make_env ----
 
 
+def test_a_reset_that_hangs_costs_its_seed_only(monkeypatch):
+    """The search for tasks stood still for ever. What hangs may still change its instance, so a new one goes on."""
+    monkeypatch.setattr(env, "CHECK_SECONDS", 0.2)
+
+    hangs = next(seed for seed in range(100) if not held_out(str(seed)))  # it would be a task to train on
+
+    class Slow(Fine):
+        def reset(self, seed):
+            if seed == hangs:
+                threading.Event().wait()
+            return str(seed)
+
+    found = [seed for seed, _ in itertools.islice(env.tasks_of(Slow, evaluation=False), 12)]
+    expected = [seed for seed in range(100) if seed != hangs and not held_out(str(seed))]
+    assert found == expected[:12]
+
+
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_an_environment_with_too_few_tasks_ends_the_search(evaluation):
     """All of its tasks are on one side of the split: the search for one on the other side never ended."""

@@ -963,6 +963,12 @@ def wide(vocab=V, layers=6):
                                         intermediate_size=64, tie_word_embeddings=True))
 
 
+def weigh_here(step, cuda):
+    """`weigh` sees this thread only: so one pack after the other, also where torch has one thread."""
+    with mock.patch.object(torch, "get_num_threads", lambda: 2):
+        return weigh(step, cuda)
+
+
 def peak(vocab=V, size=8, answer=20, prompt=200):
     """Bytes of an update at their peak, beyond weights and gradients."""
     rng, model = Random(0), wide(vocab)
@@ -970,7 +976,7 @@ def peak(vocab=V, size=8, answer=20, prompt=200):
     rows = [Row(common + [rng.randrange(V) for _ in range(answer)], list(range(prompt, prompt + answer)), [1.0 - 2 * (i % 2)] * answer,
                 [-1.0] * answer, i) for i in range(size)]
     gradients = sum(p.nbytes for p in model.parameters())
-    return weigh(lambda: update(model, Watch(model), rows, GRPOConfig(epochs=1, pack_tokens=10**6)) and (), cuda=False) - gradients
+    return weigh_here(lambda: update(model, Watch(model), rows, GRPOConfig(epochs=1, pack_tokens=10**6)) and (), cuda=False) - gradients
 
 
 def test_memory_of_an_update_does_not_grow_with_vocabulary_times_tokens():
@@ -999,7 +1005,7 @@ def test_memory_of_an_update_is_that_of_one_pack():
         for pack in make_packs(rows, config):
             waiting = [tensor for tensor in vars(pack).values() if tensor is not None]
             assert sum(tensor.nbytes for tensor in waiting) < 8 * 8 * tokens
-        return weigh(lambda: update(model, Watch(model), rows, config) and (), cuda=False)
+        return weigh_here(lambda: update(model, Watch(model), rows, config) and (), cuda=False)
 
     tokens, few, many = 400 + 2 * 99, 1, 12
     assert needed(many) - needed(few) < (many - few) * tokens * (8 * 8 + 4 * 16)
@@ -1011,7 +1017,7 @@ def test_memory_of_a_layer_does_not_hold_a_mask():
         model = wide(layers=layers)
         rows = random_rows(300, 300, prefix=[1] * 700)
         config = GRPOConfig(epochs=1)
-        return weigh(lambda: update(model, Watch(model), rows, config) and (), cuda=False)
+        return weigh_here(lambda: update(model, Watch(model), rows, config) and (), cuda=False)
 
     assert (needed(6) - needed(2)) / 4 < 0.75 * 4 * (700 + 2 * 299) ** 2
 

@@ -337,6 +337,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(folder, name):
         shutil.copytree(folder / "runs" / name, again)
         for later in ("checkpoints/step-000003", "model"):
             shutil.rmtree(again / later)
+        (again / "summary.json").unlink()
         for process in processes([ROOT / "train.py", "--resume", f"runs/{again.name}"], folder, number):
             _, errors = process.communicate(timeout=120)
             assert process.returncode == 0, errors

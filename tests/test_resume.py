@@ -299,6 +299,18 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(start, copy):
         train.read_run(str(run))
 
 
+def test_a_run_that_has_lost_its_checkpoints_is_refused(start, copy):
+    """It began again, and cut its own metrics and episodes to nothing."""
+    run = copy("lost")
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    finish(start(run.parent.parent, ["--resume", "runs/lost"]), code=2)
+    [line] = (run.parent.parent / "out.txt").read_text().splitlines()
+    assert line == "train.py: runs/lost has lost its checkpoints: there is nothing to go on from"
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_finished_run_is_left_as_it_is(start, whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     finish(start(whole.parent.parent, ["--resume", "runs/whole"]))

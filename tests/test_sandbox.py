@@ -624,7 +624,7 @@ def solve(task):
     return f"print(''.join(map(str, range({n} + 1))).count('{digit}'))"
 
 
-def test_the_environment_keeps_to_the_seam():
+def test_the_environment_fits_the_interface():
     check_env(code())
     assert demonstrator(code()).__name__ == "demonstrate_code"
     environment = code()()
