@@ -1,8 +1,8 @@
-"""Environments: tasks with tools and a reward, and a demonstrator for each that mostly fails.
+"""Environments: tasks with tools and a reward. Each has a demonstrator that mostly fails.
 
 An environment is a class. `reset(seed)` poses a task in words, every public method is a tool, and
-`get_reward()` scores the attempt. Nothing here knows of tokens or models. Read `Env` and
-`Calculator` first: they show all there is. Each of the six asks for one capability of an agent:
+`get_reward()` scores the attempt. Nothing here knows of tokens or models. Read `Env`, `Question`
+and `Calculator`: they show all there is. Each environment needs one capability of an agent:
 
     calculator   tool use: arithmetic too large for the head
     lookup       multi-turn interaction: the answer to a question is two or three searches away
@@ -23,7 +23,6 @@ agent.py and train.py use it. `python env.py [NAME]` lets you play a task in the
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -35,7 +34,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import tools
 from memory import Notes, Search
@@ -49,8 +48,7 @@ class Env(Protocol):
     threads, one call at a time, each under a time limit. Every public method but `reset` and
     `get_reward` is a tool; helpers begin with an underscore. An environment that wants an answer
     has the tool `final_answer(answer: str)`: a message without any call is given to it. Difficulty
-    is in the constructor's arguments, each with a default. Arguments such as `tool=0`, which take
-    the mechanism away, are for tests/evidence.py.
+    is in the constructor's arguments, each with a default.
 
     Optional: a property `behaviour -> dict[str, float]`, numbers about the attempt for the logs.
     """
@@ -67,16 +65,14 @@ class Env(Protocol):
 
     @property
     def state(self) -> str:
-        """Identifies the situation within the task, for turn-level credit (grpo.turn_advantages).
-
-        Equal states have equal prospects. Often it is a list of what the agent did so far.
-        """
+        """Identifies the situation within the task. Equal states have equal prospects."""
 
 
-class _Question:
+class Question:
     """What the environments that want an answer have in common. The first answer counts."""
 
     def _pose(self, answer: str) -> None:
+        """`reset` calls this. The tools append to `_trace` what the policy asks of them."""
         self._answer, self._given, self._trace = answer, None, []
 
     def final_answer(self, answer: str) -> str:
@@ -111,50 +107,27 @@ def _normal(answer: str) -> str:
     return answer.strip().rstrip(".").replace(",", "").casefold()
 
 
-def _number(random: Random) -> str:
-    """A serial number, so that no two tasks have the same text. All have one length."""
-    return f"{random.randrange(10**6):06}"
-
-
-def pick(random: Random, habits: dict[str, float]) -> str:
-    """One of the habits, by their shares of 1.
-
-    >>> [pick(Random(seed), {"guess": 0.9, "think": 0.1}) for seed in range(4)]
-    ['guess', 'guess', 'think', 'guess']
-    """
-    drawn, total = random.random(), 0.0
-    for habit, share in habits.items():
-        total += share
-        if drawn < total:
-            return habit
-    return habit  # the shares add up to a little less than 1
-
-
 # --------------------------------------------------------------------------------------------------
 # calculator
 
+WORD_PROBLEMS = (
+    ("A warehouse holds {a} boxes with {b} screws in each box. How many screws are there?", "*"),
+    ("A printer makes {a} pages a day. How many pages does it make in {b} days?", "*"),
+    ("A library owns {a} books and buys {b} more. How many books does it own now?", "+"),
+    ("One village has {a} inhabitants, the next one has {b}. How many do they have together?", "+"),
+    ("A tank holds {a} litres and {b} litres leak out. How many litres are left?", "-"),
+    ("What is {a} minus {b}?", "-"),
+    ("What is {a} times {b}?", "*"),
+    ("What is {a} plus {b}?", "+"),
+)
 
-class Calculator(_Question):
+
+class Calculator(Question):
     """Tool use. A word problem whose numbers are too large to work out in the head.
 
     About 650,000 tasks by default (numbers of `digits` digits, and of one less). The best player
     needs two turns: call, answer. `tool=0`: the calculator is out of order.
     """
-
-    TASKS = (
-        ("A warehouse holds {a} boxes with {b} screws in each box. How many screws are there?",
-         "{a} * {b}"),
-        ("A printer makes {a} pages a day. How many pages does it make in {b} days?", "{a} * {b}"),
-        ("A library owns {a} books and buys {b} more. How many books does it own now?",
-         "{a} + {b}"),
-        ("One village has {a} inhabitants, the next one has {b}. How many do they have together?",
-         "{a} + {b}"),
-        ("A tank holds {a} litres and {b} litres leak out. How many litres are left?",
-         "{a} - {b}"),
-        ("What is {a} minus {b}?", "{a} - {b}"),
-        ("What is {a} times {b}?", "{a} * {b}"),
-        ("What is {a} plus {b}?", "{a} + {b}"),
-    )
 
     def __init__(self, digits: int = 3, tool: int = 1):
         if digits < 1:
@@ -163,10 +136,10 @@ class Calculator(_Question):
 
     def reset(self, seed: int) -> str:
         random = Random(f"calculator {seed}")
-        question, expression = random.choice(self.TASKS)
+        question, sign = random.choice(WORD_PROBLEMS)
         low, high = 10 ** (self.digits - 1), 10**self.digits - 1
         a, b = random.randint(low, high), random.randint(low // 10, high // 10)
-        self._expression = expression.format(a=a, b=b)
+        self._expression = f"{a} {sign} {b}"
         self._pose(tools.calculator(self._expression))
         return question.format(a=a, b=b)
 
@@ -184,17 +157,26 @@ class Calculator(_Question):
         return {"calls": len(self._trace)}
 
 
+def pick(random: Random, habits: dict[str, float]) -> str:
+    """One of the habits, by their shares.
+
+    >>> [pick(Random(seed), {"guess": 0.9, "think": 0.1}) for seed in range(4)]
+    ['guess', 'guess', 'think', 'guess']
+    """
+    return random.choices(list(habits), list(habits.values()))[0]
+
+
 def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
     """Mostly calls for the wrong operation, or answers with a number of the question."""
     habit = pick(random, {"no call": 0.25, "wrong operation": 0.43, "right": 0.32})
-    expression = env._expression
+    a, sign, b = env._expression.split()
     if habit == "no call":
-        yield expression.split(" ")[-1]
+        yield b
         return
     if habit == "wrong operation":
-        expression = expression.translate(str.maketrans("*-+", "+*-"))
-    yield format_call("calculator", expression=expression)
-    yield tools.calculator(expression)
+        sign = {"*": "+", "+": "-", "-": "*"}[sign]
+    yield format_call("calculator", expression=f"{a} {sign} {b}")
+    yield tools.calculator(f"{a} {sign} {b}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,9 +187,9 @@ Quinn Rosa Sven Tara""".split()
 LAST = """Adler Borg Castro Duarte Eklund Fischer Garcia Hansen Ito Jansen Kovac Lopez Moreau Novak
 Okafor Petrov Rossi Sato Tanaka Varga""".split()
 PLACE = """Alder Amber Basel Beacon Bergen Bilbao Birch Bremen Cedar Cobalt Cork Delta Drift Elm
-Ember Falcon Fern Garnet Gdansk Ghent Graz Grove Harbor Hazel Indigo Iris Jade Juniper Kelp
-Kestrel Larch Leeds Lumen Lyon Malmo Marble Moss Nantes Nettle Nimbus Oak Onyx Parma Pine
-Pioneer Porto Tampere Turin""".split()
+Ember Falcon Fern Garnet Gdansk Ghent Graz Grove Harbor Hazel Indigo Iris Jade Juniper Kelp Kestrel
+Larch Leeds Lumen Lyon Malmo Marble Moss Nantes Nettle Nimbus Oak Onyx Parma Pine Pioneer Porto
+Tampere Turin""".split()
 TRADE = "Optics Motors Foods Textiles Software Pharma Mining Shipping".split()
 
 
@@ -216,30 +198,26 @@ def _people(random: Random, count: int) -> list[str]:
     return [f"{first} {last}" for first, last in zip(firsts, lasts)]
 
 
-class Lookup(_Question):
+class Lookup(Question):
     """Multi-turn interaction. Each document has one link of the chain, and a search finds one.
 
     Companies, cities and rivers take their names from one list: what a name stands for must be
     read. There are 800 questions. Each seed makes a new knowledge base, so no answer can be
-    remembered from another task. `top`: documents that a search returns. The best player needs one
-    search per hop and one turn for the answer. `open=0`: no search finds anything.
+    remembered from another task. `hops`: the longest chain. `top`: documents that a search returns.
+    The best player needs one search per hop and one turn for the answer. `open=0`: no search finds
+    anything.
     """
 
-    QUESTIONS = {  # kind: (question, the relations to follow from the person it names)
-        "city": ("In which city is the company based that {x} works for?", ("work", "base")),
-        "river": ("Which river flows through the city of the company that {x} works for?",
-                  ("work", "base", "river")),
-    }
-    FACTS = {
-        "work": "{0} works as an accountant for {1}.",
-        "base": "{0} is based in {1}.",
-        "river": "{0} lies on the {1}.",
+    FACTS = ("{} works as an accountant for {}.", "{} is based in {}.", "{} lies on the {}.")
+    QUESTIONS = {  # hops: question
+        2: "In which city is the company based that {} works for?",
+        3: "Which river flows through the city of the company that {} works for?",
     }
 
     def __init__(self, hops: int = 3, people: int = 8, top: int = 1, open: int = 1):
-        if hops not in (2, 3) or not 2 <= people <= len(PLACE) // 3 or top < 1:
-            raise ValueError(f"hops must be 2 or 3, people 2 to {len(PLACE) // 3}, "
-                             "top at least 1")
+        most = len(PLACE) // 3
+        if hops not in (2, 3) or not 2 <= people <= most or top < 1:
+            raise ValueError(f"hops must be 2 or 3, people 2 to {most}, top at least 1")
         self.hops, self.people, self.top, self.open = hops, people, top, open
 
     def reset(self, seed: int) -> str:
@@ -248,20 +226,15 @@ class Lookup(_Question):
         names = random.sample(PLACE, 3 * self.people)
         companies = [f"{name} {random.choice(TRADE)}" for name in names[: self.people]]
         cities, rivers = names[self.people : -self.people], names[-self.people :]
-        links = {"work": dict(zip(people, companies)), "base": dict(zip(companies, cities)),
-                 "river": dict(zip(cities, rivers))}
-        documents = []
-        for kind, pairs in links.items():
-            documents += [self.FACTS[kind].format(x, y) for x, y in pairs.items()]
+        columns, documents = [people, companies, cities, rivers], []
+        for fact, (left, right) in zip(self.FACTS, itertools.pairwise(columns)):
+            documents += [fact.format(x, y) for x, y in zip(left, right)]
         random.shuffle(documents)
         self._search = Search(documents, top=self.top)
-        known = [(text, hops) for text, hops in self.QUESTIONS.values() if len(hops) <= self.hops]
-        question, relations = random.choice(known)
-        self._chain = [random.choice(people)]
-        for kind in relations:
-            self._chain.append(links[kind][self._chain[-1]])
+        hops, person = random.choice(range(2, self.hops + 1)), random.randrange(self.people)
+        self._chain = [column[person] for column in columns[: hops + 1]]
         self._pose(self._chain[-1])
-        return question.format(x=self._chain[0])
+        return self.QUESTIONS[hops].format(self._chain[0])
 
     def search(self, query: str) -> str:
         """Search the knowledge base.
@@ -274,9 +247,8 @@ class Lookup(_Question):
 
     @property
     def behaviour(self) -> dict[str, float]:
-        asked = " | ".join(self._trace)
-        hops = sum(name in asked for name in self._chain[:-1])
-        return {"searches": len(self._trace), "hops": hops}
+        hops = [name for name in self._chain[:-1] if name in " | ".join(self._trace)]
+        return {"searches": len(self._trace), "hops": len(hops)}
 
 
 def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
@@ -285,10 +257,10 @@ def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
     hops = len(env._chain) - 1
     if habit == "one search":
         hops = 1
-    elif habit == "a search too few":
+    if habit == "a search too few":
         hops -= 1
-    for x in env._chain[:hops]:
-        yield format_call("search", query=x)
+    for name in env._chain[:hops]:
+        yield format_call("search", query=name)
     yield env._chain[hops]
 
 
@@ -308,55 +280,55 @@ class Maze:
     def __init__(self, size: int = 6, corridors: int = 3, shortest: int = 4, slack: int = 0,
                  map: int = 1):
         if not 4 <= size <= 9 or not 2 <= corridors <= 3 or not 3 <= shortest <= size or slack < 0:
-            raise ValueError("size must be 4 to 9, corridors 2 or 3, shortest 3 to size, "
-                             "slack at least 0")
+            raise ValueError("size must be 4 to 9, corridors 2 or 3, shortest 3 to size, slack 0+")
         self.size, self.corridors, self.shortest = size, corridors, shortest
         self.slack, self.map = slack, map
-        columns = range(1, size + 1)
-        self._grid = [f"{row}{column}" for row in "ABCDEFGHI"[:size] for column in columns]
+        self._grid = [row + column for row in "ABCDEFGHI"[:size] for column in "123456789"[:size]]
 
     def reset(self, seed: int) -> str:
         random = Random(f"maze {seed}")
-        while True:
-            self._here, self._goal, self._open = self._dig(random)
-            moves = len(shortest_way(self._open, self._here, self._goal)) - 1
-            if moves >= self.shortest and not self._luck():
-                break
-        self._shortest, self._left = moves, moves + self.slack
-        self._bumps, self._trace = 0, []
+        self._dig(random)
+        while len(self._way()) <= self.shortest or self._is_easy():
+            self._dig(random)  # another one: this was too short, or too easy
+        self._best = len(self._way()) - 1
+        self._left, self._bumps, self._trace = self._best + self.slack, 0, []
         shown = self._drawn() if self.map else f"There is no map. (Maze {_number(random)})"
         return f"Walk from {self._here} to {self._goal} in {self._left} moves. {shown}"
 
-    def _drawn(self) -> str:
-        names = [cell if cell in self._open else "##" for cell in self._grid]
-        rows = ["".join(names[i : i + self.size]) for i in range(0, len(names), self.size)]
-        return "This is the map, # is wall:\n" + "\n".join(rows)
-
-    def _dig(self, random: Random) -> tuple[str, str, set[str]]:
-        """(start, goal, open cells). The goal is the end of the first corridor."""
-        start = random.choice(self._grid)
-        beginnings = [cell for cell in beside(start) if cell in self._grid]
-        ends = random.sample(beginnings, min(self.corridors, len(beginnings)))
-        opened = {start, *ends}
-        for number, end in enumerate(ends):
-            least = 1 if number else self.shortest - 1
+    def _dig(self, random: Random) -> None:
+        """Make a map. The goal is the end of the first corridor."""
+        self._here = random.choice(self._grid)
+        beginnings = [cell for cell in beside(self._here) if cell in self._grid]
+        beginnings = random.sample(beginnings, min(self.corridors, len(beginnings)))
+        self._open, ends = {self._here, *beginnings}, []
+        for cell in beginnings:
+            least = 1 if ends else self.shortest - 1
             for _ in range(random.randint(least, self.size - 1)):
-                end = random.choice(self._free_beside(end, opened) or [end])
-                opened.add(end)
-            ends[number] = end
-        return start, ends[0], opened
+                cell = random.choice(self._free_beside(cell) or [cell])
+                self._open.add(cell)
+            ends.append(cell)
+        self._goal = ends[0]
 
-    def _free_beside(self, end: str, opened: set[str]) -> list[str]:
+    def _free_beside(self, end: str) -> list[str]:
         """Cells to go on to that touch no corridor but this one."""
-        near = [cell for cell in beside(end) if cell in self._grid and cell not in opened]
-        return [cell for cell in near if opened.intersection(beside(cell)) == {end}]
+        near = [cell for cell in beside(end) if cell in self._grid and cell not in self._open]
+        return [cell for cell in near if self._open.intersection(beside(cell)) == {end}]
 
-    def _luck(self) -> bool:
+    def _way(self) -> list[str]:
+        """The cells from here to the goal, both included."""
+        return shortest_way(self._open, self._here, self._goal)
+
+    def _is_easy(self) -> bool:
         """Does a player reach the goal who always steps `towards` it?"""
         here = self._here
         while here in self._open and here != self._goal:
             here = towards(self._open, here, self._goal)
         return here == self._goal
+
+    def _drawn(self) -> str:
+        names = [cell if cell in self._open else "##" for cell in self._grid]
+        rows = ["".join(names[i : i + self.size]) for i in range(0, len(names), self.size)]
+        return "This is the map, # is wall:\n" + "\n".join(rows)
 
     def walk(self, route: str) -> str:
         """Walk from cell to neighbouring cell.
@@ -381,8 +353,7 @@ class Maze:
 
     @property
     def done(self) -> bool:
-        way = shortest_way(self._open, self._here, self._goal)
-        return self._here == self._goal or self._left < len(way) - 1
+        return self._here == self._goal or self._left < len(self._way()) - 1
 
     @property
     def state(self) -> str:
@@ -390,8 +361,7 @@ class Maze:
 
     @property
     def behaviour(self) -> dict[str, float]:
-        detour = len(self._trace) - self._shortest
-        return {"moves over the shortest": detour, "bumps": self._bumps}
+        return {"moves over the shortest": len(self._trace) - self._best, "bumps": self._bumps}
 
 
 def beside(cell: str) -> list[str]:
@@ -401,8 +371,8 @@ def beside(cell: str) -> list[str]:
     ['A2', 'C2', 'B1', 'B3']
     """
     row, column = ord(cell[0]), int(cell[1])
-    return [f"{chr(row - 1)}{column}", f"{chr(row + 1)}{column}",
-            f"{chr(row)}{column - 1}", f"{chr(row)}{column + 1}"]
+    places = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
+    return [f"{chr(row)}{column}" for row, column in places]
 
 
 def shortest_way(open_cells: set[str], start: str, goal: str) -> list[str]:
@@ -434,6 +404,11 @@ def towards(open_cells: set[str], here: str, goal: str) -> str:
     return next((cell for cell in nearer if cell in open_cells), nearer[0])
 
 
+def _number(random: Random) -> str:
+    """Tells tasks apart whose text would be the same. All have one length."""
+    return f"{random.randrange(10**6):06}"
+
+
 def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
     """Mostly stops its plan a step before the start, or walks straight at the goal, into walls.
 
@@ -444,20 +419,20 @@ def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
         while not env.done:
             yield format_call("walk", route=towards(env._open, env._here, env._goal))
         return
-    start, *steps = shortest_way(env._open, env._here, env._goal)
-    plan, walked = [start, *steps], steps
-    if habit == "plan too short":  # the first step is missing, so the walk ends at a wall
-        plan = walked = steps[1:]
-    thought = f"<think>{' '.join(plan[::-1])}</think>"
-    while not env.done:  # with `slack`, one message may not be enough
-        yield thought + format_call("walk", route=" ".join(walked))
+    way = env._way()
+    plan, steps = way, way[1:]
+    if habit == "plan too short":
+        plan = steps = way[2:]  # the first step is missing
+    thought = f"<think>{' '.join(reversed(plan))}</think>"
+    while not env.done:
+        yield thought + format_call("walk", route=" ".join(steps))
 
 
 # --------------------------------------------------------------------------------------------------
 # chain
 
 
-class Chain(_Question):
+class Chain(Question):
     """Reasoning. A small program in the prompt. No tool helps to execute it; thinking aloud does.
 
     A million programs by default. The best player needs one turn, in which it thinks one digit per
@@ -472,45 +447,42 @@ class Chain(_Question):
 
     def reset(self, seed: int) -> str:
         random = Random(f"chain {seed}")
-        self._way, program = [random.randrange(10)], []
+        digit = random.randrange(10)
+        self._digits, program = [str(digit)], []  # the first digit, then each result
         for _ in range(self.steps):
             steps = [("add", random.randint(1, 5)), ("times", random.choice((3, 7)))]
             word, number = random.choice(steps)
+            digit = (digit + number if word == "add" else digit * number) % 10
             program.append(f"{word} {number}")
-            before = self._way[-1]
-            after = before + number if word == "add" else before * number
-            self._way.append(after % 10)
-        self._way = [str(digit) for digit in self._way]
-        self._pose(self._way[-1])
+            self._digits.append(str(digit))
+        self._pose(self._digits[-1])
         return ("Keep only the last digit of every result. "
-                f"Begin with {self._way[0]}, {', '.join(program)}. What is the result?")
+                f"Begin with {self._digits[0]}, {', '.join(program)}. What is the result?")
 
     @property
     def behaviour(self) -> dict[str, float]:
-        right = [step for step, digit in enumerate(self._way) if digit == self._given]
+        right = [step for step, digit in enumerate(self._digits) if digit == self._given]
         return {"right steps": max(right, default=0)}
 
 
 def demonstrate_chain(env: Chain, random: Random) -> Iterator[str]:
     """Mostly stops thinking a step too early, or does not think at all."""
     habit = pick(random, {"one step": 0.15, "a step too few": 0.59, "right": 0.26})
-    found = env._way[1:]
     if habit == "one step":
-        found = found[:1]
-    elif habit == "a step too few":
-        found = found[:-1]
+        yield env._digits[1]
+        return
+    found = env._digits[1:-1] if habit == "a step too few" else env._digits[1:]
     thought = "".join(f"so {digit}, " for digit in found)
-    if habit == "one step" or not env.think:
-        yield found[-1]
-    else:
-        yield f"<think>{thought}</think>{found[-1]}"
+    yield f"<think>{thought}</think>{found[-1]}" if env.think else found[-1]
 
 
 # --------------------------------------------------------------------------------------------------
 # recall
 
+WEATHER = "rained froze snowed thawed drizzled thundered".split()
 
-class Recall(_Question):
+
+class Recall(Question):
     """Memory. Pages that the window cannot hold. The question is about one that has left it.
 
     On each page one line says where somebody lives, and others are about the weather. Only notes
@@ -520,7 +492,7 @@ class Recall(_Question):
     """
 
     def __init__(self, pages: int = 4, lines: int = 2, notes: int = 1):
-        # A page of more than 50 lines would be clipped by the agent loop.
+        # The agent loop would clip a page of more than 50 lines.
         if not 2 <= pages <= len(FIRST) or not 1 <= lines <= 50:
             raise ValueError(f"pages must be 2 to {len(FIRST)}, lines 1 to 50")
         self.pages, self.lines, self.notes = pages, lines, notes
@@ -529,20 +501,21 @@ class Recall(_Question):
         random = Random(f"recall {seed}")
         people, homes = _people(random, self.pages), random.sample(PLACE, self.pages)
         self._facts = [f"{person} lives in {home}." for person, home in zip(people, homes)]
-        self._book = []
-        for fact in self._facts:
-            page = []
-            for _ in range(self.lines - 1):
-                page.append(f"In {random.choice(PLACE)} it {random.choice(WEATHER)}.")
-            page.append(fact)
-            random.shuffle(page)
-            self._book.append(page)
+        self._book = [self._page(random, fact) for fact in self._facts]
         # From the first half of the book, which has left the window by then.
         asked = random.randrange((self.pages + 1) // 2)
         self._person, self._turned, self._store, self._queries = people[asked], 0, Notes(), []
         self._pose(homes[asked])
         return (f"Read a book of {self.pages} pages. Then you will be asked where one of the "
                 f"people in it lives. (Book {_number(random)})")
+
+    def _page(self, random: Random, fact: str) -> list[str]:
+        page = []
+        for _ in range(self.lines - 1):
+            page.append(f"In {random.choice(PLACE)} it {random.choice(WEATHER)}.")
+        page.append(fact)
+        random.shuffle(page)
+        return page
 
     def next_page(self) -> str:
         """Turn to the next page of the book."""
@@ -577,12 +550,9 @@ class Recall(_Question):
 
     @property
     def behaviour(self) -> dict[str, float]:
-        useful = sum(any(fact in note for note in self._trace) for fact in self._facts)
-        return {"pages": min(self._turned, self.pages), "notes": len(self._trace),
-                "useful notes": useful}
-
-
-WEATHER = "rained froze snowed thawed drizzled thundered".split()
+        useful = [fact for fact in self._facts if fact in "\n".join(self._trace)]
+        pages = min(self._turned, self.pages)
+        return {"pages": pages, "notes": len(self._trace), "useful notes": len(useful)}
 
 
 def demonstrate_recall(env: Recall, random: Random) -> Iterator[str]:
@@ -590,17 +560,17 @@ def demonstrate_recall(env: Recall, random: Random) -> Iterator[str]:
     habit = pick(random, {"no notes": 0.15, "notes the weather": 0.53, "right": 0.32})
     yield format_call("next_page")
     for page, fact in zip(env._book, env._facts):
-        note = ""
-        if habit == "notes the weather" and len(page) > 1:
-            weather = next(line for line in page if line != fact)
-            note = format_call("remember", text=weather)
-        elif habit == "right":
-            note = format_call("remember", text=fact)
-        yield note + format_call("next_page")
+        notes = []
+        if habit == "notes the weather":
+            notes = [line for line in page if line != fact][:1]
+        if habit == "right":
+            notes = [fact]
+        calls = [format_call("remember", text=note) for note in notes]
+        yield "".join([*calls, format_call("next_page")])
     yield format_call("recall", query=env._person)
     found = env._store.search(env._person, top=1)
     if found:
-        yield found[0].rpartition(" ")[2].rstrip(".")
+        yield found[0].split(" ")[-1].rstrip(".")
     else:
         yield random.choice([place for place in PLACE if place != env._answer])
 
@@ -640,7 +610,7 @@ class Mastermind:
         if len(code) != self.digits or not code.isdecimal() or not code.isascii():
             raise ValueError(f"a code has {self.digits} digits")
         known = [(old, _grade(self._code, old)) for old in self._guesses]
-        self._consistent += all(_grade(code, old) == grade for old, grade in known)
+        self._consistent += all(_grade(code, old) == answer for old, answer in known)
         self._guesses.append(code)
         if code == self._code:
             return "The safe is open."
@@ -679,40 +649,33 @@ def _compare(digit: str, right: str) -> str:
     return "low" if digit < right else "high"
 
 
-# The digit to try next, after one that was too low or too high: 5, then 2 or 8, and so on.
-HALVING = {"low": dict(zip("0123456789", "1244587899")),
-           "high": dict(zip("0123456789", "0012325678"))}
+# The digit to try after 0, 1, ... 9, by the answer. After 5 it is 2 or 8, and so on.
+NEXT = {"low": "1244587899", "high": "0012325678", "right": "0123456789"}
+THOUGHTS = {"low": "more", "high": "less", "right": "stay"}
 
 
 def demonstrate_mastermind(env: Mastermind, random: Random) -> Iterator[str]:
     """Mostly tries 5555, 6666, 7777, whatever the answers are."""
     habit = pick(random, {"counts on": 0.68, "right": 0.32})
-    guess = "5" * env.digits
-    yield format_call("guess", code=guess)
-    while not env.done:
+    guess, thought = "5" * env.digits, ""
+    while True:
+        yield thought + format_call("guess", code=guess)
+        if env.done:
+            return
         if habit == "counts on":
             guess = str((int(guess[0]) + 1) % 10) * env.digits
-            yield format_call("guess", code=guess)
-            continue
-        answers = _grade(env._code, guess).split()
-        thought = " ".join(THOUGHTS[answer] for answer in answers)
-        guess = "".join(_next_digit(digit, answer) for digit, answer in zip(guess, answers))
-        yield f"<think>{thought}</think>" + format_call("guess", code=guess)
-
-
-THOUGHTS = {"low": "more", "high": "less", "right": "stay"}
-
-
-def _next_digit(digit: str, answer: str) -> str:
-    return digit if answer == "right" else HALVING[answer][digit]
+        else:
+            answers = _grade(env._code, guess).split()
+            thought = f"<think>{' '.join(THOUGHTS[answer] for answer in answers)}</think>"
+            guess = "".join(NEXT[answer][int(g)] for answer, g in zip(answers, guess))
 
 
 # ==================================================================================================
-# Below: to find, split and check environments, and to play them by hand.
+# Below: find, split and check environments, and play them by hand.
 # ==================================================================================================
 
-ENVIRONMENTS: dict[str, type] = {"calculator": Calculator, "lookup": Lookup, "maze": Maze,
-                                 "chain": Chain, "recall": Recall, "mastermind": Mastermind}
+ENVIRONMENTS: dict[str, type] = {
+    cls.__name__.lower(): cls for cls in (Calculator, Lookup, Maze, Chain, Recall, Mastermind)}
 
 
 class EnvError(ValueError):
@@ -734,8 +697,8 @@ def make_env(spec: str) -> Callable[[], Env]:
     elif name in ENVIRONMENTS:
         cls = ENVIRONMENTS[name]
     else:
-        raise EnvError(f"unknown environment '{name}': choose from {', '.join(ENVIRONMENTS)}, "
-                       "or FILE.py:Class")
+        choices = ", ".join(ENVIRONMENTS)
+        raise EnvError(f"unknown environment '{name}': choose from {choices}, or FILE.py:Class")
     options = _options(spec, cls, rest)
 
     def factory() -> Env:
@@ -760,27 +723,27 @@ def _from_file(path: Path, cls_name: str) -> type:
     except (Exception, SystemExit) as e:
         del sys.modules[name]
         raise EnvError(f"{path} cannot be loaded: {describe(e)}") from e
-    classes = {}
-    for key, value in vars(module).items():
-        if inspect.isclass(value) and value.__module__ == name:
-            classes[key] = value
-    if cls_name not in classes:
-        choices = ", ".join(classes) or "none"
-        raise EnvError(f"{path} has no class '{cls_name}': choose from {choices}")
-    return classes[cls_name]
+    classes = [(key, value) for key, value in vars(module).items() if inspect.isclass(value)]
+    own = [key for key, value in classes if value.__module__ == name]  # not imported ones
+    if cls_name not in own:
+        raise EnvError(f"{path} has no class '{cls_name}': choose from {', '.join(own) or 'none'}")
+    return getattr(module, cls_name)
 
 
 def _options(spec: str, cls: type, text: str) -> dict[str, int]:
-    names = []
-    for parameter in inspect.signature(cls).parameters.values():
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            names.append(parameter.name)
+    """The constructor's arguments.
+
+    >>> _options("maze:size=5,slack=1", Maze, "size=5,slack=1")
+    {'size': 5, 'slack': 1}
+    """
+    parameters = inspect.signature(cls).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     options = {}
     for pair in filter(None, text.split(",")):
         key, _, value = pair.partition("=")
         if key not in names or not re.fullmatch("-?[0-9]+", value):
-            raise EnvError(f"'{pair}' in '{spec}': want NAME=WHOLE NUMBER, NAME one of "
-                           f"{', '.join(names) or '(none)'}")
+            choices = ", ".join(names) or "(none)"
+            raise EnvError(f"'{pair}' in '{spec}': want NAME=WHOLE NUMBER, NAME one of {choices}")
         options[key] = int(value)
     return options
 
@@ -792,7 +755,65 @@ def demonstrator(factory: Callable[[], Env]) -> Callable[[Env, Random], Iterator
 
 
 # --------------------------------------------------------------------------------------------------
-# Splitting tasks
+# Calling an environment: its code may raise or hang
+
+CALL_SECONDS = 10.0  # the time limit of each call
+
+
+def _call(env: Env, what: str, function: Callable, *arguments: Any) -> Any:
+    """What a function returns that runs an environment's code. Raises EnvError.
+
+    It runs in a thread, as the agent loop runs it. A call over its time limit is abandoned.
+    """
+    outcome = {}
+
+    def work() -> None:
+        try:
+            outcome["value"] = function(*arguments)
+        except BaseException as e:  # SystemExit too: this thread is the environment's
+            outcome["error"] = e
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(CALL_SECONDS)
+    what = f"{type(env).__name__}.{what}"
+    if not outcome:
+        raise EnvError(f"{what} took longer than {CALL_SECONDS:g} s")
+    if "error" in outcome:
+        raise EnvError(f"{what} raised {describe(outcome['error'])}") from outcome["error"]
+    return outcome["value"]
+
+
+def _want(ok: object, env: Env, what: str, got: object) -> None:
+    if not ok:
+        raise EnvError(f"{type(env).__name__}.{what}; it gave {got!r}")
+
+
+def _reset(env: Env, seed: int) -> str:
+    task = _call(env, f"reset({seed})", lambda: env.reset(seed))
+    is_text = isinstance(task, str) and task.strip()
+    _want(is_text, env, "reset(seed) must return the task as text", task)
+    return task
+
+
+def _read(env: Env, name: str, kind: type, *default: Any) -> Any:
+    value = _call(env, name, getattr, env, name, *default)
+    _want(isinstance(value, kind), env, f"{name} must be a property of type {kind.__name__}", value)
+    return value
+
+
+def _get_reward(env: Env) -> float:
+    reward = _call(env, "get_reward()", lambda: env.get_reward())
+    in_range = isinstance(reward, (int, float)) and 0 <= reward <= 1
+    _want(in_range, env, "get_reward() must return a number from 0 to 1", reward)
+    return reward
+
+
+# --------------------------------------------------------------------------------------------------
+# Splitting tasks into those to train on and those to evaluate on
+
+MOST_FAILURES = 20  # seeds in a row whose reset fails
+MOST_SEEDS = 2000  # seeds in a row without a task of the wanted kind
 
 
 def task_hash(task: str) -> str:
@@ -801,7 +822,7 @@ def task_hash(task: str) -> str:
     >>> task_hash("What is 1 plus 1?")
     '910c2ea02616'
     """
-    return hashlib.sha256(task.encode()).hexdigest()[:12]
+    return hashlib.sha256(task.encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def held_out(task: str) -> bool:
@@ -814,35 +835,39 @@ def for_final_figures(task: str) -> bool:
     return int(task_hash(task), 16) % 10 == 0
 
 
-MOST_FAILURES = 20  # seeds in a row whose reset fails
-MOST_SEEDS = 5000  # seeds in a row without a task of the wanted kind
-
-
 def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
              final: bool = False) -> Iterator[tuple[int, str]]:
     """(seed, task) of the tasks to evaluate on, or of those to train on, from seed `start` on.
 
     final: of the tasks to evaluate on, those for final figures, which are otherwise left out.
     A seed whose `reset` raises or hangs is passed over. Raises EnvError after 20 of these in a row,
-    and if there is no task of the wanted kind.
+    and after 2,000 seeds in a row without a task of the wanted kind.
     """
-    env, failed, last_found = factory(), 0, start
+    since = start  # the first seed after the last task of the wanted kind
+    for seed, task in _all_tasks(factory, start):
+        if (held_out(task), for_final_figures(task)) == (evaluation, final):
+            since = seed + 1
+            yield seed, task
+        elif seed >= since + MOST_SEEDS:
+            kind = "held out" if evaluation else "to train on"
+            raise EnvError(f"{type(factory()).__name__} has too few tasks: of the seeds {since} to "
+                           f"{seed} none gives one that is {kind}")
+
+
+def _all_tasks(factory: Callable[[], Env], start: int) -> Iterator[tuple[int, str]]:
+    """(seed, task) of every seed whose `reset` works."""
+    env, failed = factory(), 0
     for seed in itertools.count(start):
         try:
-            task = _reset(env, seed)  # under a time limit
-            failed, found = 0, (held_out(task), for_final_figures(task)) == (evaluation, final)
-        except Exception as e:
-            env, failed, found = factory(), failed + 1, False  # the old one may still be busy
+            task, failed = _reset(env, seed), 0
+        except EnvError as e:
+            failed += 1
             if failed == MOST_FAILURES:
                 raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, "
                                f"at last {describe(e.__cause__ or e)}") from e
-        if found:
-            last_found = seed
+            env = factory()  # a call that was abandoned may still change the old one
+        else:
             yield seed, task
-        elif seed - last_found > MOST_SEEDS:
-            kind = "held out" if evaluation else "to train on"
-            raise EnvError(f"{type(env).__name__} has too few tasks: of the seeds {last_found} to "
-                           f"{seed} none gives one that is {kind}")
 
 
 def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0,
@@ -854,8 +879,6 @@ def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0,
 # --------------------------------------------------------------------------------------------------
 # Checking an environment
 
-CHECK_SECONDS = 10.0  # for each call of an environment's code while it is checked
-
 
 def check_env(factory: Callable[[], Env]) -> None:
     """Try an environment against the interface.
@@ -863,68 +886,28 @@ def check_env(factory: Callable[[], Env]) -> None:
     Raises EnvError that names the method and what it returned.
     """
     a, b = factory(), factory()
-    first, second = _reset(a, 0), _reset(b, 0)
-    is_text = isinstance(first, str) and first.strip()
-    _want(is_text, a, "reset(seed) must return the task as text", first)
-    _want(first == second, a, "reset(0) must return the same task every time", (first, second))
-    others = [_reset(b, seed) for seed in range(1, 9)]
-    _want(any(task != first for task in others), a,
-          "reset(seed) must depend on the seed: of 0 to 8 each gave the same task", first)
-    for name, kind in (("state", str), ("done", bool)):
-        value = _read(a, name)
-        _want(isinstance(value, kind), a, f"{name} must be a property of type {kind.__name__}",
-              value)
-    done = _read(a, "done")
-    _want(not done, a, "done must be False after reset", done)
-    _check_reward(a)
-    behaviour = _read(a, "behaviour", {})
-    _want(isinstance(behaviour, dict), a, "behaviour must be a property of type dict", behaviour)
+    task, again = _reset(a, 0), _reset(b, 0)
+    _want(task == again, a, "reset(0) must return the same task every time", (task, again))
+    others = {_reset(b, seed) for seed in range(1, 9)}
+    _want(others != {task}, a, "reset(seed) must depend on the seed: of 0 to 8 each gave the same "
+          "task", task)
+    fresh = _situation(a)
+    _want(not _read(a, "done", bool), a, "done must be False after reset", True)
+    _read(a, "behaviour", dict, {})
     _check_tools(a)
-    _check_isolation(a, b)
+    _reset(b, 0)
+    _use_tools(a)
+    _get_reward(a)
+    now = _situation(b)
+    _want(now == fresh, a, f"<class>: instances must not share state. One was used, the other was "
+          f"{fresh}", now)
+    cleared = _reset(a, 0), *_situation(a)
+    _want(cleared == (task, *fresh), a, "reset(seed) must clear the last attempt. It was "
+          f"{(task, *fresh)}", cleared)
 
 
-def _want(ok: object, env: Env, what: str, got: object) -> None:
-    if not ok:
-        raise EnvError(f"{type(env).__name__}.{what}; it gave {got!r}")
-
-
-def _attempt(env: Env, what: str, call: Callable):
-    """Run a bit of an environment's code in a thread under a time limit, as the agent loop does."""
-    outcome, what = [], f"{type(env).__name__}.{what}"
-
-    def work() -> None:
-        try:
-            outcome.append((call(), None))
-        except BaseException as e:  # SystemExit too: this thread is the environment's
-            outcome.append((None, e))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(CHECK_SECONDS)
-    if not outcome:
-        raise EnvError(f"{what} took longer than {CHECK_SECONDS:g} s")
-    value, error = outcome[0]
-    if error:
-        raise EnvError(f"{what} raised {describe(error)}") from error
-    return value
-
-
-def _reset(env: Env, seed: int) -> str:
-    return _attempt(env, f"reset({seed})", lambda: env.reset(seed))
-
-
-def _read(env: Env, name: str, *default):
-    return _attempt(env, name, lambda: getattr(env, name, *default))
-
-
-def _get_reward(env: Env) -> float:
-    return _attempt(env, "get_reward()", lambda: env.get_reward())
-
-
-def _check_reward(env: Env) -> None:
-    reward = _get_reward(env)
-    in_range = isinstance(reward, (int, float)) and 0 <= reward <= 1
-    _want(in_range, env, "get_reward() must return a number from 0 to 1", reward)
+def _situation(env: Env) -> tuple[str, bool, float]:
+    return _read(env, "state", str), _read(env, "done", bool), _get_reward(env)
 
 
 def _check_tools(env: Env) -> None:
@@ -932,53 +915,33 @@ def _check_tools(env: Env) -> None:
     _want(found, env, "<public methods>: there must be at least one, they are the tools", [])
     for name, tool in found.items():
         what = f"{name}: type hints and a Google docstring make its schema, which"
-        _attempt(env, what, functools.partial(schema, tool))
+        _call(env, what, schema, tool)
     if "final_answer" in found:
-        kinds = {name: spec.get("type") for name, spec in _arguments(found["final_answer"]).items()}
-        wanted = kinds == {"answer": "string"}
-        _want(wanted, env, "final_answer must have one argument, answer: str", kinds)
+        kinds = {key: spec.get("type") for key, spec in _arguments(found["final_answer"]).items()}
+        fits = kinds == {"answer": "string"}
+        _want(fits, env, "final_answer must have one argument, answer: str", kinds)
 
 
 def _arguments(tool: Callable) -> dict[str, dict]:
     return schema(tool)["function"]["parameters"].get("properties", {})
 
 
-def _check_isolation(a: Env, b: Env) -> None:
-    """Two instances, one of them acted upon: the other must not notice."""
-    task = _reset(a, 0)
-    _reset(b, 0)
-    fresh = _situation(b)
-    _use_tools(a)
-    _check_reward(a)
-    now = _situation(b)
-    _want(now == fresh, a, "<class>: instances must not share state. One was used, the other was "
-          f"{fresh}", now)
-    again, now = _reset(a, 0), _situation(a)
-    _want((again, *now) == (task, *fresh), a,
-          f"reset(seed) must clear the last attempt. It was {(task, *fresh)}", (again, *now))
-
-
-def _situation(env: Env) -> tuple[str, bool, float]:
-    return _read(env, "state"), _read(env, "done"), _get_reward(env)
-
-
-SAMPLES = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
-
-
 def _use_tools(env: Env) -> None:
     """Call each plain tool once, with values of the right types. It may do anything but hang."""
+
+    def use(tool: Callable, arguments: dict) -> None:
+        with contextlib.suppress(BaseException):  # sys.exit() too
+            tool(**arguments)
+
     for name, tool in tools_of(env).items():
-        arguments = {}
-        for key, spec in _arguments(tool).items():
-            sample = SAMPLES.get(str(spec.get("type")), "x")
-            arguments[key] = spec["enum"][0] if "enum" in spec else sample
         if not inspect.iscoroutinefunction(tool):
-            _attempt(env, name, functools.partial(_call, tool, arguments))
+            arguments = {key: _sample(spec) for key, spec in _arguments(tool).items()}
+            _call(env, name, use, tool, arguments)
 
 
-def _call(tool: Callable, arguments: dict) -> None:
-    with contextlib.suppress(BaseException):  # sys.exit() too
-        tool(**arguments)
+def _sample(spec: dict) -> Any:
+    samples = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
+    return spec["enum"][0] if "enum" in spec else samples.get(str(spec.get("type")), "x")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -989,8 +952,8 @@ def _play(spec: str) -> None:
     factory = make_env(spec)
     check_env(factory)
     env = factory()
-    print(env.reset(Random().randrange(10**6)))
     found = tools_of(env)
+    print(env.reset(Random().randrange(10**6)))
     for name, tool in found.items():
         print(f"  {name}{inspect.signature(tool)}: {inspect.getdoc(tool).splitlines()[0]}")
     try:
@@ -1016,8 +979,7 @@ def _read_line(line: str, found: dict[str, Callable]) -> Call | CallError:
     if name not in found and "final_answer" in found:
         name, rest = "final_answer", line
     specs = _arguments(found[name]) if name in found else {}
-    values = rest.split(maxsplit=len(specs) - 1) if specs else []
-    arguments = dict(zip(specs, values))
+    arguments = dict(zip(specs, rest.split(maxsplit=len(specs) - 1)))
     for key, value in arguments.items():
         if specs[key].get("type") != "string":
             with contextlib.suppress(ValueError):

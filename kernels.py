@@ -146,14 +146,14 @@ class Stats:
 
 @dataclass
 class Rows:
-    """What the loss is given for each row, [N] each. None: not given.
+    """What is known of each row, [N] each. None: not given.
 
     A row here is one trained token, not a segment as in grpo.py.
     """
 
     targets: torch.Tensor
-    advantages: torch.Tensor
-    weights: torch.Tensor
+    weights: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
     behavior_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
@@ -162,7 +162,20 @@ class Rows:
     def at(self, index) -> "Rows":
         """Some of the rows."""
         values = [getattr(self, field.name) for field in fields(self)]
-        return Rows(*(value if value is None else value[index] for value in values))
+        return Rows(*(None if value is None else value[index] for value in values))
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `policy_loss`."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.28
+    dual_clip: float | None = None
+    tis_cap: float | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    kind: str = "clip"
 
 
 @torch.no_grad()
@@ -178,10 +191,10 @@ def linear_logps(hidden, weight, targets, *, temperature=1.0, chunk=None):
     """
     _check_shapes(hidden, weight, {"targets": targets})
     _check_numbers(temperature, chunk)
-    nothing = torch.zeros(len(hidden), device=hidden.device)
+    every_row = torch.arange(len(hidden), device=hidden.device)
     head = Head(hidden, weight, temperature, chunk)
-    head.add(torch.arange(len(hidden), device=hidden.device), Rows(targets, nothing, nothing), {})
-    return head.stats.logps, head.stats.entropy
+    _, logps, entropy, _, _ = head.run(every_row, Rows(targets), Options()).per_row
+    return logps, entropy
 
 
 def linear_policy_loss(hidden, weight, targets, advantages, weights, *, old_logps=None,
@@ -213,107 +226,113 @@ def linear_policy_loss(hidden, weight, targets, advantages, weights, *, old_logp
     (-1.0, tensor([-0.3133,     nan]), tensor([[-0.2689,  0.2689],
             [ 0.0000,  0.0000]]))
     """
-    per_row = {"targets": targets, "advantages": advantages, "weights": weights,
-               "old_logps": old_logps, "behavior_logps": behavior_logps, "ref_logps": ref_logps}
-    per_row = {name: x.detach() for name, x in per_row.items() if x is not None}
+    numbers = {"weights": weights, "advantages": advantages, "old_logps": old_logps,
+               "behavior_logps": behavior_logps, "ref_logps": ref_logps}
+    numbers = {name: x for name, x in numbers.items() if x is not None}
     sequences = {} if sequence_ids is None else {"sequence_ids": sequence_ids}
-    _check_shapes(hidden, weight, per_row | sequences)
+    _check_shapes(hidden, weight, {"targets": targets, **numbers, **sequences})
     _check_numbers(temperature, chunk)
-    options = _checked_options(per_row, **options)
+    head, options = Head(hidden, weight, temperature, chunk), Options(**options)
+    rows = Rows(targets, **{name: x.detach().to(head.wide) for name, x in numbers.items()})
+    _check_options(rows, options)
 
-    rows, head = Rows(**per_row), Head(hidden, weight, temperature, chunk)
-    everywhere = bool(options["kl_coef"] or options["entropy_coef"])
-    keep = _rows_with_signal(advantages, weights, sequence_ids, everywhere)  # [K]
-    with torch.no_grad():
-        if sequence_ids is None:
-            loss = head.add(keep, rows, options, gradients=True)
-        else:
-            loss = _add_sequences(head, keep, rows, options, sequence_ids)
-    if head.dx is None and head.dw is None:
-        return loss, head.stats
-    return _KnownGradients.apply(hidden, weight, loss, [head.dx, head.dw]), head.stats
+    keep = _rows_with_signal(rows, options, sequence_ids)  # [K]
+    if sequence_ids is None:
+        result = head.run(keep, rows, options, gradients=True)
+    else:
+        result = _run_sequences(head, keep, rows, options, sequence_ids)
+    losses, *stats = result.per_row
+    loss = losses[keep].sum()
+    if result.dx is not None or result.dw is not None:
+        loss = _KnownGradients.apply(hidden, weight, loss, [result.dx, result.dw])
+    return loss, Stats(*stats)
 
 
-def _add_sequences(head, keep, rows, options, sequence_ids):
+def _run_sequences(head, keep, rows, options, sequence_ids):
     """The ratio of a sequence needs all of its log-probs. So they come first, the gradients after.
 
-    This costs one more product. Returns the loss.
+    This costs one more product.
     """
-    head.add(keep, rows, options)
-    stats, some = head.stats, rows.at(keep)
-    losses, stats.ratio[keep], stats.clipped[keep], slopes = _losses_and_slopes(
-        stats.logps[keep], stats.entropy[keep], some, options, sequence_ids[keep])
-    if head.dx is not None or head.dw is not None:
-        ratio, clipped = stats.ratio.clone(), stats.clipped.clone()
-        rows.slopes = torch.zeros_like(stats.logps).index_copy(0, keep, slopes)
-        head.add(keep, rows, options, gradients=True)
-        stats.ratio, stats.clipped = ratio, clipped
-    return losses.sum()
+    result = head.run(keep, Rows(rows.targets), options)
+    _, logps, entropy, _, _ = result.per_row[:, keep]  # [K] each
+    losses, ratio, clipped, slopes = _losses_and_slopes(logps, entropy, rows.at(keep), options,
+                                                        sequence_ids[keep])
+    if head.need_dx or head.need_dw:
+        slopes = torch.zeros_like(rows.weights).index_copy(0, keep, slopes)  # [N]
+        known = Rows(rows.targets, rows.weights, slopes=slopes)
+        result = head.run(keep, known, options, gradients=True)
+    result.per_row[:, keep] = torch.stack([losses, logps, entropy, ratio, clipped])
+    return result
+
+
+@dataclass
+class Result:
+    """Of one run over the rows."""
+
+    per_row: torch.Tensor  # [5, N]: weights * loss, then what Stats holds. NaN: not visited
+    dx: torch.Tensor | None  # [N, D], gradient of the hidden states. None: not wanted
+    dw: torch.Tensor | None  # [V, D], gradient of the head
 
 
 class Head:
-    """The vocabulary head: rows of hidden states in; statistics and both gradients out."""
+    """The vocabulary head: rows of hidden states in; losses, statistics and gradients out."""
 
     def __init__(self, hidden, weight, temperature, chunk):
         # Log-probs, losses and gradients are added up in float32 at least.
         inputs = torch.promote_types(hidden.dtype, weight.dtype)
         self.wide = torch.promote_types(inputs, torch.float32)
-        self.hidden, self.temperature, self.chunk = hidden.detach(), temperature, chunk
-        self.weight = weight.detach()  # [V, D]
-        if not (_adds_up_wide(weight) and weight.dtype == hidden.dtype):
-            self.weight = self.weight.to(self.wide)
-        # A gradient of 1e-8 underflows in float16, but not in bfloat16.
-        is_half = self.weight.dtype == torch.float16
-        self.low = torch.bfloat16 if is_half else self.weight.dtype
-        self.stats = Stats(*(self._zeros(len(hidden)) + float("nan") for _ in fields(Stats)))
-        with_gradients = torch.is_grad_enabled()
-        self.dx = self._zeros(*hidden.shape) if with_gradients and hidden.requires_grad else None
-        self.dw = self._zeros(*weight.shape) if with_gradients and weight.requires_grad else None
+        # float16 is widened, too: a gradient of 1e-8 underflows in it, but not in bfloat16.
+        is_narrow = hidden.dtype == weight.dtype == torch.bfloat16 and _adds_up_wide(weight)
+        self.dtype = torch.bfloat16 if is_narrow else self.wide  # of what is multiplied
+        self.hidden, self.weight = hidden.detach(), weight.detach().to(self.dtype)
+        self.temperature, self.chunk = temperature, chunk
+        self.need_dx = hidden.requires_grad and torch.is_grad_enabled()
+        self.need_dw = weight.requires_grad and torch.is_grad_enabled()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def run(self, index, rows, options, gradients=False) -> Result:
+        """The rows `index` [K], a chunk at a time. `rows` without advantages: log-probs only."""
+        need_dx, need_dw = gradients and self.need_dx, gradients and self.need_dw
+        result = Result(per_row=self._zeros(5, len(self.hidden)).fill_(math.nan),
+                        dx=self._zeros(*self.hidden.shape) if need_dx else None,
+                        dw=self._zeros(*self.weight.shape) if need_dw else None)
+        chunk = self.chunk or _rows_per_chunk(len(index), len(self.weight), self.hidden.is_cuda)
+        logits = self._buffer(min(chunk, len(index)), self.wide)
+        dlogits = None
+        if need_dx or need_dw:
+            # A gradient of 16 bits needs memory of its own; one of 32 bits overwrites the logits.
+            dlogits = logits if self.dtype == self.wide else self._buffer(len(logits), self.dtype)
+        # autocast would round the logits to 16 bits behind our back
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            for begin in range(0, len(index), chunk):
+                part = index[begin : begin + chunk]  # [C]
+                self._run_chunk(part, rows.at(part), options, logits, dlogits, result)
+        return result
+
+    def _run_chunk(self, part, rows, options, logits, dlogits, result):
+        """Product 1, the fused kernel, products 2 and 3. Writes to result and to both buffers."""
+        x, logits = self.hidden[part].to(self.dtype), logits[: len(part)]  # [C, D], [C, V]
+        dlogits = None if dlogits is None else dlogits[: len(part)]  # [C, V]
+        _product(x, self.weight.T, logits)
+        result.per_row[:, part] = fused_policy_loss(logits, dlogits, rows, options,
+                                                    self.temperature)
+        if result.dx is not None:
+            result.dx[part] = _product(dlogits, self.weight, self._zeros(*x.shape))
+        if result.dw is not None:
+            _product(dlogits.T, x, result.dw, add=True)
 
     def _zeros(self, *shape):
         return torch.zeros(shape, dtype=self.wide, device=self.hidden.device)
 
-    @torch.compiler.disable
-    def add(self, index, rows, options, gradients=False):
-        """Set the statistics of the rows `index` [K], add to the gradients, return the loss."""
-        if not len(index):
-            return self._zeros()
+    def _buffer(self, count, dtype):
+        """[count, V]. Rows that begin at multiples of 64 numbers are multiplied faster."""
         vocabulary = len(self.weight)
-        chunk = _rows_per_chunk(len(index), vocabulary, self.weight.is_cuda, self.chunk)
-        gradients = gradients and (self.dx is not None or self.dw is not None)
-        # Rows that begin at multiples of 64 numbers are multiplied faster.
         width = vocabulary + -vocabulary % 64
-        logits = torch.empty(chunk, width, dtype=self.wide, device=self.hidden.device)
-        # A gradient of 16 bits needs memory of its own; one of 32 bits overwrites the logits.
-        narrow = gradients and self.low != self.wide
-        dlogits = torch.empty_like(logits, dtype=self.low) if narrow else logits
-        loss = self._zeros()
-        # autocast would round the logits to 16 bits behind our back
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            for part in index.split(chunk):
-                loss += self._add_chunk(part, rows.at(part), options, logits,
-                                        dlogits if gradients else None)
-        return loss
-
-    def _add_chunk(self, part, rows, options, logits, dlogits):
-        shape = slice(len(part)), slice(len(self.weight))
-        logits = logits[shape]  # [C, V]
-        dlogits = None if dlogits is None else dlogits[shape]  # [C, V]
-        x = self.hidden[part].to(self.weight.dtype)  # [C, D]
-        _product(x, self.weight.T, logits)
-        losses, stats = fused_policy_loss(logits, dlogits, rows, options, self.temperature)
-        for field in fields(Stats):
-            getattr(self.stats, field.name)[part] = getattr(stats, field.name)
-        if dlogits is not None and self.dx is not None:
-            out = self._zeros(*x.shape)  # [C, D]
-            _product(dlogits, self.weight.to(self.low), out)
-            self.dx[part] = out
-        if dlogits is not None and self.dw is not None:
-            _product(dlogits.T, x.to(self.low), self.dw, add=True)
-        return losses.sum()
+        return torch.empty(count, width, dtype=dtype, device=self.hidden.device)[:, :vocabulary]
 
 
-def _rows_per_chunk(count, vocabulary, cuda, chunk):
+def _rows_per_chunk(count, vocabulary, cuda):
     """Rows of logits that are held at a time; all chunks are about equal.
 
     On a CPU: few enough for its caches, but with fewer than 128 the head's gradient would be
@@ -321,9 +340,9 @@ def _rows_per_chunk(count, vocabulary, cuda, chunk):
     in logits of 1 GB at most.
     """
     on_cpu = max(2**20 // vocabulary, min(256, max(128, 2**24 // vocabulary)))
-    most = chunk or (min(4096, 2**28 // vocabulary) if cuda else on_cpu)
-    chunks = math.ceil(count / most)
-    return math.ceil(count / chunks)
+    most = min(4096, 2**28 // vocabulary) if cuda else on_cpu
+    chunks = max(1, math.ceil(count / most))
+    return max(1, math.ceil(count / chunks))
 
 
 def _adds_up_wide(x):
@@ -332,25 +351,23 @@ def _adds_up_wide(x):
 
 
 def _product(a, b, out, add=False):
-    """out = a @ b, or out += a @ b, added up in the precision of `out`."""
+    """out = a @ b, or out += a @ b, added up in the precision of `out`. Returns out."""
     mixed = {"out_dtype": out.dtype} if a.dtype != out.dtype else {}
     if add:
-        torch.addmm(out, a, b, **mixed, out=out)
-    else:
-        torch.mm(a, b, **mixed, out=out)
+        return torch.addmm(out, a, b, **mixed, out=out)
+    return torch.mm(a, b, **mixed, out=out)
 
 
-def _rows_with_signal(advantages, weights, sequence_ids, everywhere):
-    """Indices [K] of the rows that can move the loss.
-
-    `everywhere`: KL or entropy give signal where the advantage is 0.
-    """
-    sampled = weights != 0
-    live = sampled if everywhere else sampled & (advantages != 0)
-    if sequence_ids is not None and not everywhere:
+def _rows_with_signal(rows, options, sequence_ids):
+    """Indices [K] of the rows that can move the loss."""
+    sampled = rows.weights != 0
+    if options.kl_coef or options.entropy_coef:  # signal where the advantage is 0
+        return sampled.nonzero()[:, 0]
+    live = sampled & (rows.advantages != 0)
+    if sequence_ids is not None:
         # A token of advantage 0 still belongs to its sequence's mean ratio.
         live = sampled & torch.isin(sequence_ids, sequence_ids[live])
-    return live.nonzero().squeeze(1)
+    return live.nonzero()[:, 0]
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -391,92 +408,87 @@ def _check_numbers(temperature, chunk):
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 
 
-def _checked_options(per_row, *, eps_low=0.2, eps_high=0.28, dual_clip=None, tis_cap=None,
-                     kl_coef=0.0, entropy_coef=0.0, kind="clip"):
-    """The options of `policy_loss`, each with a value. Raises ValueError if one makes no sense."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kl_coef and "ref_logps" not in per_row:
+def _check_options(rows, options):
+    if options.kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {options.kind!r}")
+    if options.kl_coef and rows.ref_logps is None:
         raise ValueError("kl_coef needs ref_logps, the log-probs of the reference model")
-    if tis_cap is not None and not (tis_cap > 0 and "behavior_logps" in per_row):
+    cap = options.tis_cap
+    if cap is not None and not (cap > 0 and rows.behavior_logps is not None):
         raise ValueError("tis_cap must be positive and needs behavior_logps")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
-    return {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": dual_clip, "tis_cap": tis_cap,
-            "kl_coef": kl_coef, "entropy_coef": entropy_coef, "kind": kind}
+    if options.dual_clip is not None and not options.dual_clip > 1:
+        raise ValueError(f"dual_clip must be greater than 1, got {options.dual_clip}")
 
 
 # --------------------------------------------------------------------------------------------------
 # From a chunk's logits to its loss and their gradient: in torch, and as one Triton kernel
 #
-# With z the logits over the temperature, t the target, p = softmax(z), and
-#     slope = d loss / d logp,   bonus = d loss / d entropy = -entropy_coef * weight
-# the gradient of the logits is
+# With z = (logit - largest logit of the row) / temperature, t the target, and e_j = exp(z_j),
+#     total = sum of e      log p_j = z_j - log(total)      entropy = log(total) - sum e z / total
+#     slope = d loss / d logp                  bonus = d loss / d entropy = -entropy_coef * weight
+# the gradient of the logits, times the temperature, is
 #     d loss / d z_j = -p_j (slope + bonus (log p_j + entropy)) + (slope if j is the target)
 # At the target, slope (1 - p_t) remains. Here 1 - p_t is computed as the sum of all other
 # probabilities. The difference would lose its digits where the policy is sure of its token.
 
 
 def fused_policy_loss(logits, dlogits, rows, options, temperature):
-    """weights * policy_loss of each row [C], and Stats, from the rows' logits [C, V].
+    """The logits of some rows [C, V] -> weights * loss, logps, entropy, ratio, clipped: [5, C].
 
     Writes the gradient of the logits to `dlogits` [C, V], which may be `logits`. None: not wanted.
-    In either case the logits are lost. `options`: all of `policy_loss`; {}: log-probs only.
+    In either case the logits are lost. Without `rows.advantages` there is no loss and no ratio
+    (NaN); the gradient then follows from `rows.slopes`.
     """
     if _on_triton(logits):
         return _fused_triton(logits, dlogits, rows, options, temperature)
+    results = logits.new_empty(5, len(logits))
     # A few rows at a time stay in the cache of a CPU. On other devices: all at once.
-    count = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    results = []
+    count = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for begin in range(0, len(logits), count):
         part = slice(begin, begin + count)
         gradient = None if dlogits is None else dlogits[part]
-        results.append(_fused_torch(logits[part], gradient, rows.at(part), options, temperature))
-    losses, *stats = torch.cat(results, dim=1)
-    return losses, Stats(*stats)
+        results[:, part] = _fused_torch(logits[part], gradient, rows.at(part), options, temperature)
+    return results
 
 
 def _fused_torch(logits, dlogits, rows, options, temperature):
-    """The same for a few rows. Returns losses, logps, entropy, ratio, clipped: [5, C]."""
+    """`fused_policy_loss` for a few rows."""
     targets = rows.targets[:, None]  # [C, 1]
-    largest = logits.max(1, keepdim=True).values  # [C, 1]
-    # First subtract, then divide: of large logits, the quotients would lose their last digits.
-    z = logits.sub_(largest).div_(temperature)  # [C, V]
+    z = logits.sub_(logits.max(1, keepdim=True).values).div_(temperature)  # [C, V]
     z_target = z.gather(1, targets)[:, 0]  # [C], 0 if the target is the likeliest token
     e = z.exp()  # [C, V]
     weighted = torch.linalg.vecdot(e, z)  # [C], the sum of e z
     e.scatter_(1, targets, 0.0)
     others = e.sum(1)  # [C], of all tokens but the target
     total = others + z_target.exp()
-    # z_target is 0 if the target is the likeliest token. log1p keeps the digits of p near 1.
-    log_total = torch.where(z_target == 0, torch.log1p(others), total.log())
-    logps = z_target - log_total
-    entropy = log_total - weighted / total
-    losses, ratio, clipped, slopes = _losses_and_slopes(logps, entropy, rows, options)
+    # log1p keeps the digits of p near 1.
+    log_total = torch.where(z_target == 0, others.log1p(), total.log())
+    logps, entropy = z_target - log_total, log_total - weighted / total
+
+    losses, ratio, clipped, slopes = *torch.full_like(logps.expand(3, -1), math.nan), rows.slopes
+    if rows.advantages is not None:
+        losses, ratio, clipped, slopes = _losses_and_slopes(logps, entropy, rows, options)
     if dlogits is not None:
-        slopes = slopes if rows.slopes is None else rows.slopes
-        bonus = -options["entropy_coef"] * rows.weights.to(z.dtype)
+        bonus = -options.entropy_coef * rows.weights
         at_target = (slopes * others - bonus * z_target.exp() * (logps + entropy)) / total
-        factor = slopes
-        if options["entropy_coef"]:  # e becomes e * (slope + bonus (log p + entropy))
-            e *= z.add_((entropy - log_total)[:, None]).mul_(bonus[:, None]).add_(slopes[:, None])
-            factor = torch.ones_like(slopes)
-        torch.mul(e, (-factor / (total * temperature))[:, None], out=dlogits)
+        factor = slopes[:, None]  # [C, 1]
+        if options.entropy_coef:  # slope + bonus (log p + entropy), [C, V]
+            factor = z.add_((entropy - log_total)[:, None]).mul_(bonus[:, None]).add_(factor)
+        # First -p / temperature: a slope can be e^60, and 0 * inf would be NaN.
+        e.mul_((-1 / (total * temperature))[:, None])
+        torch.mul(e, factor, out=dlogits)
         dlogits.scatter_(1, targets, (at_target / temperature)[:, None].to(dlogits.dtype))
     return torch.stack([losses, logps, entropy, ratio, clipped])
 
 
 def _losses_and_slopes(logps, entropy, rows, options, sequence_ids=None):
     """weights * policy_loss, ratio, clipped, and the slopes d loss / d logps, all [C]."""
-    names = ("advantages", "weights", "old_logps", "behavior_logps", "ref_logps")
-    given = {name: getattr(rows, name) for name in names if getattr(rows, name) is not None}
-    given = {name: value.to(logps.dtype) for name, value in given.items()}
-    weights = given.pop("weights")
     with torch.enable_grad():
         logps = logps.detach().requires_grad_()
-        losses, ratio, clipped = policy_loss(logps, entropy, **given, sequence_ids=sequence_ids,
-                                             **options)
-        losses = weights * losses
+        losses, ratio, clipped = policy_loss(
+            logps, entropy, rows.advantages, old_logps=rows.old_logps, ref_logps=rows.ref_logps,
+            behavior_logps=rows.behavior_logps, sequence_ids=sequence_ids, **vars(options))
+        losses = rows.weights * losses
         slopes, = torch.autograd.grad(losses.sum(), logps)
     return losses.detach(), ratio, clipped, slopes
 
@@ -487,98 +499,89 @@ def _on_triton(x):
 
 
 def _fused_triton(logits, dlogits, rows, options, temperature):
-    options = options or _checked_options({})
     count, vocabulary = logits.shape
-    losses, *stats = torch.empty(5, count, dtype=torch.float32, device=logits.device)
-    unused = losses  # a pointer that the kernel does not read
-    per_row = [rows.advantages, rows.weights, rows.old_logps, rows.behavior_logps, rows.ref_logps,
-               rows.slopes]
-    per_row = [unused if x is None else x.to(torch.float32).contiguous() for x in per_row]
-    gradient = logits if dlogits is None else dlogits
+    results = logits.new_full((5, count), math.nan)
+    # What is None is not compiled into the kernel.
     _fused_kernel[(count,)](
-        logits, gradient, logits.stride(0), gradient.stride(0), rows.targets.contiguous(),
-        *per_row, losses, *stats, 1 / temperature, 1 - options["eps_low"],
-        1 + options["eps_high"], options["dual_clip"] or 0.0, options["tis_cap"] or 0.0,
-        options["kl_coef"], options["entropy_coef"], LOG_LIMIT, VOCABULARY=vocabulary,
-        KIND=KINDS.index(options["kind"]), OLD=rows.old_logps is not None,
-        DUAL=options["dual_clip"] is not None, TIS=options["tis_cap"] is not None,
-        KL=bool(options["kl_coef"]), SLOPES=rows.slopes is not None,
-        GRADIENT=dlogits is not None, BLOCK=min(2048, triton.next_power_of_2(vocabulary)))
-    return losses, Stats(*stats)
+        logits, dlogits, results, logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
+        count, rows.targets, rows.weights, rows.advantages, rows.old_logps,
+        None if options.tis_cap is None else rows.behavior_logps,
+        rows.ref_logps if options.kl_coef else None, rows.slopes, 1 / temperature,
+        1 - options.eps_low, 1 + options.eps_high, options.dual_clip, options.tis_cap,
+        options.kl_coef, options.entropy_coef, LOG_LIMIT, KIND=options.kind,
+        VOCABULARY=vocabulary, BLOCK=min(2048, triton.next_power_of_2(vocabulary)))
+    return results
 
 
 if triton:
     @triton.jit
-    def _fused_kernel(LOGITS, DLOGITS, logits_stride, dlogits_stride, TARGETS, ADVANTAGES, WEIGHTS,
-                      OLD_LOGPS, BEHAVIOR_LOGPS, REF_LOGPS, SLOPES_IN, LOSSES, LOGPS, ENTROPY,
-                      RATIO, CLIPPED, inverse_temperature, low, high, dual_clip, tis_cap, kl_coef,
-                      entropy_coef, limit, VOCABULARY: tl.constexpr, KIND: tl.constexpr,
-                      OLD: tl.constexpr, DUAL: tl.constexpr, TIS: tl.constexpr, KL: tl.constexpr,
-                      SLOPES: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    def _fused_kernel(LOGITS, DLOGITS, RESULTS, logits_stride, dlogits_stride, count, TARGETS,
+                      WEIGHTS, ADVANTAGES, OLD_LOGPS, BEHAVIOR_LOGPS, REF_LOGPS, SLOPES,
+                      inverse_temperature, low, high, dual_clip, tis_cap, kl_coef, entropy_coef,
+                      limit, KIND: tl.constexpr, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
         """One row of logits: read it twice, and keep everything between in registers."""
         row = tl.program_id(0).to(tl.int64)  # row * stride is beyond 2^31 for large chunks
-        target, LOGITS = tl.load(TARGETS + row), LOGITS + row * logits_stride
-        largest, others, weighted = _row_sums(LOGITS, target, inverse_temperature, VOCABULARY,
-                                              BLOCK)
-        z_target = (tl.load(LOGITS + target) - largest) * inverse_temperature
+        LOGITS += row * logits_stride
+        RESULTS += row  # of [5, count]
+        target = tl.load(TARGETS + row)
+        largest, z_target, others, weighted = _row_sums(LOGITS, target, inverse_temperature,
+                                                        VOCABULARY, BLOCK)
         e_target = tl.exp(z_target)
         total = others + e_target
-        log_total = tl.where(z_target == 0.0, _log1p(others), tl.log(total))
-        logp = z_target - log_total
-        entropy = log_total - weighted / total
+        log_total = tl.where(z_target == 0, _log1p(others), tl.log(total))
+        logp, entropy = z_target - log_total, log_total - weighted / total
+        tl.store(RESULTS + count, logp)
+        tl.store(RESULTS + 2 * count, entropy)
 
-        weight = tl.load(WEIGHTS + row)
-        old = tl.load(OLD_LOGPS + row) if OLD else logp
-        gain, gain_slope, ratio, clipped = _gain(logp, old, tl.load(ADVANTAGES + row), low, high,
-                                                 dual_clip, limit, KIND, DUAL)
-        if TIS:
-            trust = tl.minimum(tl.exp(old - tl.load(BEHAVIOR_LOGPS + row)), tis_cap)
-            gain, gain_slope = gain * trust, gain_slope * trust
-        loss, slope = -gain - entropy_coef * entropy, -gain_slope
-        if KL:
-            kl, kl_slope = _k3(tl.load(REF_LOGPS + row) - logp, limit)
-            loss, slope = loss + kl_coef * kl, slope + kl_coef * kl_slope
-        tl.store(LOSSES + row, weight * loss)
-        tl.store(LOGPS + row, logp)
-        tl.store(ENTROPY + row, entropy)
-        tl.store(RATIO + row, ratio)
-        tl.store(CLIPPED + row, clipped)
+        if ADVANTAGES is not None:
+            weight, advantage = tl.load(WEIGHTS + row), tl.load(ADVANTAGES + row)
+            old = logp if OLD_LOGPS is None else tl.load(OLD_LOGPS + row)
+            if BEHAVIOR_LOGPS is not None:  # a factor of the gain, as the advantage is
+                advantage *= tl.minimum(tl.exp(old - tl.load(BEHAVIOR_LOGPS + row)), tis_cap)
+            gain, gain_slope, ratio, clipped = _gain(logp, old, advantage, low, high, dual_clip,
+                                                     limit, KIND)
+            loss, slope = -gain - entropy_coef * entropy, -gain_slope
+            if REF_LOGPS is not None:
+                kl, kl_slope = _k3(tl.load(REF_LOGPS + row) - logp, limit)
+                loss, slope = loss + kl_coef * kl, slope + kl_coef * kl_slope
+            slope *= weight
+            tl.store(RESULTS, weight * loss)
+            tl.store(RESULTS + 3 * count, ratio)
+            tl.store(RESULTS + 4 * count, clipped)
+        elif SLOPES is not None:
+            slope = tl.load(SLOPES + row)
 
-        if GRADIENT:
-            slope = tl.load(SLOPES_IN + row) if SLOPES else weight * slope
-            bonus = -entropy_coef * weight
+        if DLOGITS is not None:
+            bonus = -entropy_coef * tl.load(WEIGHTS + row)
             at_target = (slope * others - bonus * e_target * (logp + entropy)) / total
-            _store_gradient(LOGITS, DLOGITS + row * dlogits_stride, target,
-                            at_target, slope, bonus, entropy, largest, log_total,
-                            inverse_temperature, VOCABULARY, BLOCK)
+            _store_gradient(LOGITS, DLOGITS + row * dlogits_stride, target, at_target, slope,
+                            bonus, entropy, largest, log_total, inverse_temperature,
+                            VOCABULARY, BLOCK)
 
     @triton.jit
     def _row_sums(LOGITS, target, inverse_temperature, VOCABULARY: tl.constexpr,
                   BLOCK: tl.constexpr):
-        """The largest logit; the sum of e = exp((logit - largest) / temperature) of all but the
-        target; the sum of e log e of all.
+        """The largest logit, z of the target, the sum of e without the target's, the sum of e z.
 
         One pass: when a larger logit comes, the sums so far are rescaled to it.
         """
-        at_target = tl.load(LOGITS + target)
-        largest, others, weighted = at_target, 0.0, 0.0
+        target_logit = tl.load(LOGITS + target)
+        largest, others, weighted = target_logit, 0.0, 0.0
         for begin in range(0, VOCABULARY, BLOCK):
             column = begin + tl.arange(0, BLOCK)
-            logit = tl.load(LOGITS + column, mask=column < VOCABULARY, other=float("-inf"))
+            inside = column < VOCABULARY
+            logit = tl.load(LOGITS + column, mask=inside, other=float("-inf"))
             new_largest = tl.maximum(largest, tl.max(logit, 0))
             step = (largest - new_largest) * inverse_temperature  # at most 0
-            scale = tl.exp(step)
-            # The target's own share of `weighted` is added at the end.
-            weighted = scale * (weighted + step * others)
-            others = scale * others
-            q = (logit - new_largest) * inverse_temperature
-            e = tl.where(column == target, 0.0, tl.exp(q))
+            weighted = tl.exp(step) * (weighted + step * others)
+            others = tl.exp(step) * others
+            z = (logit - new_largest) * inverse_temperature
+            e = tl.where(column == target, 0.0, tl.exp(z))
             others += tl.sum(e, 0)
-            weighted += tl.sum(tl.where(e > 0, e * q, 0.0), 0)
+            weighted += tl.sum(tl.where(e > 0, e * z, 0.0), 0)
             largest = new_largest
-        q_target = (at_target - largest) * inverse_temperature
-        weighted += tl.where(q_target > -80.0, tl.exp(q_target) * q_target, 0.0)
-        return largest, others, weighted
+        z_target = (target_logit - largest) * inverse_temperature
+        return largest, z_target, others, weighted + tl.exp(z_target) * z_target
 
     @triton.jit
     def _store_gradient(LOGITS, DLOGITS, target, at_target, slope, bonus, entropy, largest,
@@ -587,31 +590,30 @@ if triton:
         """The second pass over a row: the gradient of its logits."""
         for begin in range(0, VOCABULARY, BLOCK):
             column = begin + tl.arange(0, BLOCK)
-            inside = column < VOCABULARY
-            logit = tl.load(LOGITS + column, mask=inside, other=0.0)
+            logit = tl.load(LOGITS + column, mask=column < VOCABULARY, other=0.0)
             log_p = (logit - largest) * inverse_temperature - log_total
             gradient = -tl.exp(log_p) * (slope + bonus * (log_p + entropy))
             gradient = tl.where(column == target, at_target, gradient) * inverse_temperature
-            tl.store(DLOGITS + column, gradient.to(DLOGITS.dtype.element_ty), mask=inside)
+            tl.store(DLOGITS + column, gradient.to(DLOGITS.dtype.element_ty),
+                     mask=column < VOCABULARY)
 
     @triton.jit
-    def _gain(logp, old, advantage, low, high, dual_clip, limit, KIND: tl.constexpr,
-              DUAL: tl.constexpr):
+    def _gain(logp, old, advantage, low, high, dual_clip, limit, KIND: tl.constexpr):
         """The gain (minus the policy term of `policy_loss`), its slope, the ratio, and clipped."""
         step = logp - old
         ratio = tl.exp(tl.minimum(tl.maximum(step, -limit), limit))
         within = tl.minimum(tl.maximum(ratio, low), high)
-        if KIND == 0:  # clip
+        if KIND == "clip":
             too_high = (advantage > 0) & (ratio > high)
             too_low = (advantage < 0) & (ratio < low)
             clipped = too_high | too_low
             gain = tl.minimum(ratio * advantage, within * advantage)
-            if DUAL:
+            if dual_clip is not None:
                 floored = (advantage < 0) & (ratio > dual_clip)
                 gain = tl.where(floored, dual_clip * advantage, gain)
                 clipped = clipped | floored
             slope = tl.where(clipped | (tl.abs(step) > limit), 0.0, ratio * advantage)
-        elif KIND == 1:  # cispo
+        elif KIND == "cispo":
             clipped = within != ratio
             gain, slope = within * advantage * logp, within * advantage
         else:  # reinforce
@@ -637,36 +639,34 @@ if triton:
 # python kernels.py
 
 
-def _demo(tokens: int = 2048, width: int = 256, vocabulary: int = 32000) -> None:
+def _random_batch(tokens, width, vocabulary, dtype):
+    hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(vocabulary, width, dtype=dtype) / width**0.5)
+    targets = torch.randint(vocabulary, (tokens,))
+    return hidden, weight, targets, torch.randn(tokens), torch.full((tokens,), 1 / tokens)
+
+
+def _demo(tokens=2048, width=256, vocabulary=32000):
     """The plain and the fused loss on random data: the difference, then the time of each."""
     torch.manual_seed(0)
-
-    def data(dtype, tokens, vocabulary):
-        hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
-        weight = torch.nn.Parameter(torch.randn(vocabulary, width, dtype=dtype) / width**0.5)
-        targets = torch.randint(vocabulary, (tokens,))
-        return hidden, weight, targets, torch.randn(tokens), torch.full((tokens,), 1 / tokens)
-
-    args = data(torch.float64, 64, 1000)
-    old_logps = linear_logps(*args[:3])[0] + 0.3 * torch.randn(64)
-    plain = plain_linear_loss(*args, old_logps=old_logps)
-    fused, stats = linear_policy_loss(*args, old_logps=old_logps, chunk=10)
-    plain_gradients = torch.autograd.grad(plain, args[:2])
-    fused_gradients = torch.autograd.grad(fused, args[:2])
+    batch = _random_batch(64, 16, 1000, torch.float64)
+    old_logps = linear_logps(*batch[:3])[0] + 0.3 * torch.randn(64)
+    plain = plain_linear_loss(*batch, old_logps=old_logps)
+    fused, stats = linear_policy_loss(*batch, old_logps=old_logps, chunk=10)
+    plain_gradients, fused_gradients = (torch.autograd.grad(x, batch[:2]) for x in (plain, fused))
     error = max((a - b).abs().max().item() for a, b in zip(plain_gradients, fused_gradients))
-    clipped = stats.clipped.nanmean().item()
-    print(f"64 tokens in float64, {clipped:.0%} of them clipped: the loss differs by "
-          f"{abs(plain - fused).item():.0e}, the gradients by at most {error:.0e}")
+    print(f"64 tokens in float64, {stats.clipped.nanmean():.0%} of them clipped: the loss differs "
+          f"by {abs(plain - fused).item():.0e}, the gradients by at most {error:.0e}")
 
-    args = data(torch.float32, tokens, vocabulary)
-    rows = _rows_per_chunk(tokens, vocabulary, False, None)
+    batch = _random_batch(tokens, width, vocabulary, torch.float32)
+    chunk = _rows_per_chunk(tokens, vocabulary, cuda=False)
     print(f"{tokens} tokens, width {width}, vocabulary {vocabulary}, forward and backward:")
-    for name, loss, held in (("plain", plain_linear_loss, tokens),
-                             ("fused", lambda *args: linear_policy_loss(*args)[0], rows)):
+    for name, rows, loss_of in (("plain", tokens, plain_linear_loss),
+                                ("fused", chunk, lambda *batch: linear_policy_loss(*batch)[0])):
         began = time.perf_counter()
-        torch.autograd.grad(loss(*args), args[:2])
-        print(f"  {name}: {time.perf_counter() - began:.2f} s, logits of {held} tokens at a time: "
-              f"{4e-6 * held * vocabulary:.0f} MB for each copy of them")
+        torch.autograd.grad(loss_of(*batch), batch[:2])
+        print(f"  {name}: {time.perf_counter() - began:.2f} s, logits of {rows} tokens at a time: "
+              f"{4e-6 * rows * vocabulary:.0f} MB for each copy of them")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,11 @@ Left out: a search for learning rates, and dashboards.
 """
 
 import ctypes
-import errno
 import fcntl
 import gzip
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -45,47 +43,26 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 from random import Random
+from statistics import fmean, pstdev
 from typing import IO, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+import env as environments
+import grpo
 from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
-from env import (
-    ENVIRONMENTS,
-    EnvError,
-    check_env,
-    demonstrator,
-    make_env,
-    seeds,
-    task_hash,
-    tasks_of,
-)
-from grpo import (
-    GRPOConfig,
-    ProcessLost,
-    compute_in,
-    episode_rows,
-    gather,
-    make_rows,
-    masters,
-    option,
-    ranks,
-    recompute_layers,
-    share_weights,
-    update,
-)
+from env import ENVIRONMENTS, EnvError, demonstrator, seeds, task_hash
+from grpo import GRPOConfig, gather, option, ranks
 from rollout import Engine, play, small_model
 from tools import schema, tools_of
 
@@ -111,6 +88,129 @@ GIVEN_MODEL = {"lr": 5e-5, "epochs": 1, "temperature": 1.0, "warmup_lr": 1e-4,
                "warmup_steps": 12, "context": 700}
 
 
+def train(config: "Config") -> None:
+    """A new run, or the rest of one that was stopped. Raises UserError for bad input."""
+    # ----------------------------------------------------------------------------------------------
+    # The run's folder, the environments, the model
+
+    clock, first = Clock(), ranks()[0] == 0  # the first process writes
+    run, config = read_run(config.resume) if config.resume else (None, resolve(config))
+    if run and (run / "summary.json").exists():  # it is written last
+        print(f"{run} is finished: there is nothing to go on with")
+        return
+    lock = lock_run(run) if run and first else None
+    checkpoint = newest_checkpoint(run) if run else None
+    if run and not checkpoint and (run / METRICS).exists():
+        raise UserError(f"{run} has lost its checkpoints: there is nothing to go on from")
+    setup = make_setup(config, checkpoint)
+    check_fit(setup)
+    if not run:  # only now: bad input leaves no folder behind
+        run = gather(make_run(config) if first else None)[0]
+        lock = lock_run(run) if first else None
+    model, tokenizer = setup.model, setup.chat.tokenizer
+    grpo.share_weights(model)
+    weights = grpo.masters(model)
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    print(f"{run}: {sum(p.numel() for p in weights) / 1e6:.2f}M parameters, {config.device}, "
+          f"environments {', '.join(config.env)}")
+    print("options:", ", ".join(f"{name} {getattr(config, name)}" for name in defaults(config)))
+
+    # ----------------------------------------------------------------------------------------------
+    # Warm start: imitate demonstrations, right ones and wrong ones
+
+    if checkpoint:
+        saved = torch.load(checkpoint / "trainer.pt", weights_only=True)
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        clock.seconds.update(saved.pop("seconds"))
+        state = State(**saved)
+    else:
+        clock.start("warm start")
+        warm_start(setup)
+        clock.start("evaluation")
+        state = State(before=evaluate(setup), success=dict.fromkeys(config.env, 0.0),
+                      cursor=dict.fromkeys(config.env, (config.seed + 1) * 10**6))
+    if first:
+        cut_off(run, state.written)
+        if not checkpoint:
+            save(run, setup, state, optimizer, clock)
+    reference = load_reference(run, model) if config.kl_coef else None
+    ctrl_c = CtrlC()
+    print_scores(state.before, "before")
+
+    # ----------------------------------------------------------------------------------------------
+    # The loop: roll out, compare within groups, update
+
+    for step in range(state.step + 1, config.updates + 1):
+        clock.start("rollouts")
+        began = time.perf_counter()
+        tasks = choose_tasks(setup, state)
+        episodes = roll_out(setup, tasks, step, config.group_size, config.temperature)
+
+        clock.start("update")
+        rows, advantages, signal_report = grpo.make_rows(episodes, config)
+        lr = config.lr * (1 - (step - 1) / config.updates) ** 2
+        optimizer.param_groups[0]["lr"] = lr
+        report = grpo.update(model, optimizer, rows, config, config.temperature, reference)
+
+        clock.start("log")
+        metrics = {"step": step, "seconds": time.perf_counter() - began, "lr": lr,
+                   **measure(episodes), **signal_report, **report}
+        metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
+        state.advance(tasks, metrics)
+        print(metric_line(metrics))
+        if step % 20 == 0:
+            print(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
+        stop = any(gather(ctrl_c.pressed))
+        if first:
+            finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+            append(run / METRICS, [finite])  # NaN is not JSON
+            append(run / EPISODES, [record(e, a, step) for e, a in zip(episodes, advantages)])
+            if step % config.save_every == 0 or step == config.updates or stop:
+                save(run, setup, state, optimizer, clock)
+        if stop:
+            how = f"stopped after step {step}. To go on: python train.py --resume {run}"
+            sys.exit(how if first else 1)
+
+    # ----------------------------------------------------------------------------------------------
+    # What it learned: evaluation and summary
+
+    clock.start("evaluation")
+    after = evaluate(setup)
+    if not first:
+        return
+    with whole(run / "model") as folder:
+        save_model(folder, model, tokenizer)
+    with whole(run / "scores.json") as file:
+        file.write_text(json.dumps({"before": state.before, "after": after}))
+    clock.start("end")
+    with whole(run / "summary.json") as file:
+        file.write_text(json.dumps(summarise(state, after, clock, config), indent=2))
+    print_scores(state.before, "before")
+    print_scores(after, "after")
+    print(f"{run}: {clock.total():.0f} s: "
+          + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items()))
+    lock.close()
+
+
+def score(config: "Config") -> None:
+    """--eval-only: score a run's model on the held-out tasks."""
+    run, stored = read_run(config.eval_only)
+    folder = run / "model" if (run / "model").is_dir() else newest_checkpoint(run)
+    if folder is None:
+        raise UserError(f"{run} has no model yet: it stopped in its warm start, and --resume {run} "
+                        "begins that again")
+    stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
+    print_scores(evaluate(make_setup(stored, folder)), "score")
+
+
+# --------------------------------------------------------------------------------------------------
+# Options
+
+
+class UserError(ValueError):
+    """Something the user can mend. Shown as one line."""
+
+
 def by_model(name: str, text: str):
     """An option whose default is in the tables above."""
     return option(None, f"{text} ({SMALL_MODEL[name]}; with --model {GIVEN_MODEL[name]})")
@@ -125,25 +225,21 @@ class Config(GRPOConfig):
     model: str = option("", "folder or hub id of a causal language model; empty: a small one")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(15, "updates by reinforcement learning, times the number of environments")
+    steps: int = option(15, "reinforcement learning: updates for each environment")
     tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
     group_size: int = option(8, "attempts at each task")
-    lr: float | None = by_model("lr", "learning rate of these updates; it falls to 0")
+    lr: float | None = by_model("lr", "reinforcement learning: learning rate; it falls to 0")
     epochs: int | None = by_model("epochs", "updates per batch of episodes")
     negative_weight: float | None = option(
-        None, "factor of advantages below 0 (1, as in GRPO; 0.1 where the small model learns "
-        "built-in environments)")
-    warmup_steps: int | None = by_model(
-        "warmup_steps", "updates by imitation before that, times the number of environments")
-    warmup_lr: float | None = by_model(
-        "warmup_lr", "learning rate at the peak of those; it falls to a tenth")
+        None, "factor of advantages below 0 (1 as in GRPO; small model, built-in tasks: 0.1)")
+    warmup_steps: int | None = by_model("warmup_steps", "imitation: updates for each environment")
+    warmup_lr: float | None = by_model("warmup_lr", "imitation: the peak of the learning rate")
     max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int | None = by_model("context", "tokens in one segment, the newest message included")
     slots: int | None = option(None, "contexts decoded at once (all of a step, but at most 128)")
-    rejoin_window: float | None = option(
-        None, "seconds to wait for quick tools after each message, so that a run repeats bit by "
-        "bit (0.25 for built-in environments, else 0)")
+    rejoin_window: float | None = option(None, "seconds to wait for quick tools, so that a run "
+                                         "repeats exactly (0.25; environments of yours: 0)")
     tool_timeout: float = option(10.0, "seconds a tool call may take")
     temperature: float | None = by_model("temperature", "of sampling in training")
     eval_tasks: int = option(200, "held-out tasks per environment, before and after")
@@ -153,8 +249,7 @@ class Config(GRPOConfig):
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dtype: Literal["float32", "bfloat16", "float64"] = option(
         "float32", "to compute in; the weights that are trained are float32 at least")
-    recompute: bool = option(False, "keep only each layer's input for the backward pass: "
-                             "less memory, a third more products")
+    recompute: bool = option(False, "compute layers again in the backward pass: less memory")
 
     @property
     def updates(self) -> int:
@@ -167,247 +262,108 @@ class Config(GRPOConfig):
         return self.warmup_steps * len(self.env)
 
 
-def resolve(config: Config) -> Config:
-    """A value in place of each None. What the user gave stays.
+def defaults(config: Config) -> dict:
+    """Values of the options that follow from others.
 
     A negative_weight below 1 makes learning seek risk. With rewards that are graded or noisy, it
     may prefer 1 with probability 0.4 to a sure 0.6. The built-in tasks can all be solved, and the
     small model learns them in fewer steps with 0.1.
     """
-    built_in = all(spec.partition(":")[0] in ENVIRONMENTS for spec in config.env)
-    defaults = {
+    built_in = all(env.partition(":")[0] in ENVIRONMENTS for env in config.env)
+    return {
         **(GIVEN_MODEL if config.model else SMALL_MODEL),
         "negative_weight": 0.1 if built_in and not config.model else 1.0,
         "slots": min(128, config.tasks_per_step * config.group_size),
         "rejoin_window": 0.25 if built_in else 0.0,  # their tools take microseconds
     }
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    return replace(config, **missing)
 
 
+def resolve(config: Config) -> Config:
+    """A value in place of each None, and each environment once."""
+    values = {k: v for k, v in defaults(config).items() if getattr(config, k) is None}
+    return replace(config, env=[*dict.fromkeys(config.env)], **values)
+
+
+# The least value of an option. All other numbers must be at least 0.
 AT_LEAST = {
-    "seed": 0, "steps": 0, "tasks_per_step": 1, "group_size": 2, "epochs": 1, "pack_tokens": 1,
-    "normaliser_tokens": 1, "warmup_steps": 0, "max_turns": 1, "max_new_tokens": 1, "context": 1,
-    "slots": 1, "eval_tasks": 1, "save_every": 1, "rejoin_window": 0, "lr": 0, "warmup_lr": 0,
-    "negative_weight": 0, "turn_credit": 0, "eps_low": 0, "eps_high": 0, "dual_clip": 1,
-    "kl_coef": 0, "entropy_coef": 0,
-}
-ABOVE_0 = ("temperature", "tool_timeout", "max_grad_norm", "tis_cap")
+    "tasks_per_step": 1, "group_size": 2, "epochs": 1, "pack_tokens": 1, "normaliser_tokens": 1,
+    "max_turns": 1, "max_new_tokens": 1, "context": 1, "slots": 1, "eval_tasks": 1, "save_every": 1,
+    "dual_clip": 1, "temperature": 0.01, "tool_timeout": 0.01, "tis_cap": 0.01}
 
 
 def check_options(config: Config) -> None:
     """Raise UserError for a number that makes no sense: better now than after the warm start."""
     for name, value in asdict(config).items():
-        if not isinstance(value, (int, float)):
-            continue
-        said = f"--{name.replace('_', '-')} {value}"
-        if not math.isfinite(value):
-            raise UserError(f"{said}: want a finite number")
-        if value < AT_LEAST.get(name, -math.inf):
-            raise UserError(f"{said}: want at least {AT_LEAST[name]}")
-        if name in ABOVE_0 and value <= 0:
-            raise UserError(f"{said}: want more than 0")
-
-
-def train(config: Config) -> None:
-    # ----------------------------------------------------------------------------------------------
-    # The run's folder, the environments, the model
-
-    clock, first = Clock(), ranks()[0] == 0
-    # One answer for all processes: nobody makes the folder before all have looked.
-    run, config = gather(open_run(config))[0]
-    if run and (run / "summary.json").exists():  # it is written last
-        print(f"{run} is finished: there is nothing to go on with")
-        return
-    lock = lock_run(run) if run and first else None  # held until this process ends
-    factories = make_envs(config)
-    checkpoint = newest_checkpoint(run) if run else None
-    if run and not checkpoint and (run / METRICS).exists():  # to begin again would cut its files
-        raise UserError(f"{run} has lost its checkpoints: there is nothing to go on from")
-    model, tokenizer = load_model(config, factories, checkpoint)
-    chat, engine = make_engine(model, tokenizer, config)
-    check_fit(chat, factories, config)
-    if not run:  # only now: bad input leaves no folder behind
-        run, lock = make_run(config) if first else (None, None)
-        run = gather(run)[0]
-    share_weights(model)
-    optimizer = torch.optim.AdamW(masters(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    print_start(run, model, tokenizer, config)
-
-    # ----------------------------------------------------------------------------------------------
-    # Warm start: imitate demonstrations, right ones and wrong ones
-
-    if checkpoint is None:
-        clock.start("warm start")
-        imitate(model, chat, factories, config)
-        clock.start("evaluation")
-        before = evaluate(engine, chat, factories, config)
-        first_task = (config.seed + 1) * 10**6
-        state = {"step": 0, "tokens": 0, "written": {}, "before": before,
-                 "success": dict.fromkeys(factories, 0.0),
-                 "cursor": dict.fromkeys(factories, first_task)}
-        save(run, state, clock, model, tokenizer, optimizer)
-    else:
-        state = torch.load(checkpoint / "trainer.pt", weights_only=True)
-        optimizer.load_state_dict(state.pop("optimizer"))
-        clock.seconds.update(state.pop("seconds"))
-    if first:
-        forget_after(run, state["written"])
-    print_scores(state["before"], "before")
-    reference = load_reference(model, run) if config.kl_coef else None
-
-    # ----------------------------------------------------------------------------------------------
-    # The loop: roll out, compare within groups, update
-
-    ctrl_c = CtrlC()
-    steps = range(state["step"] + 1, config.updates + 1)
-    for step in tqdm(steps, desc="RL", initial=state["step"], total=config.updates, leave=False,
-                     disable=not first):
-        began = time.perf_counter()
-        clock.start("rollouts")
-        specs = share_out(state["success"], config.tasks_per_step)
-        tasks = [(spec, next_seed(factories[spec], state["cursor"], spec)) for spec in specs]
-        episodes = roll_out(engine, chat, factories, config, tasks, step)
-
-        clock.start("update")
-        rows, advantages, signal_report = make_rows(episodes, config)
-        lr = config.lr * (1 - (step - 1) / config.updates) ** 2
-        optimizer.param_groups[0]["lr"] = lr
-        report = update(model, optimizer, rows, config, config.temperature, reference)
-
-        clock.start("log")
-        metrics = {"step": step, "seconds": time.perf_counter() - began, **measure(episodes),
-                   **signal_report, **report, "lr": lr}
-        metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
-        state["step"], state["tokens"] = step, state["tokens"] + metrics["sampled_tokens"]
-        state["success"] = recent_success(state["success"], metrics)
-        if first:
-            append(run / METRICS, [metrics])
-            append(run / EPISODES, [record(e, a, step) for e, a in zip(episodes, advantages)])
-        tqdm.write(metric_line(metrics))
-        if step % 20 == 0:
-            best = max(episodes, key=lambda e: (e.success, e.turns))
-            tqdm.write(transcript(best, tokenizer))
-        stop = any(gather(ctrl_c.pressed))
-        if step % config.save_every == 0 or step == config.updates or stop:
-            save(run, state, clock, model, tokenizer, optimizer)
-        if stop:
-            how = f"stopped after step {step}. To go on: python train.py --resume {run}"
-            sys.exit(how if first else 1)
-
-    # ----------------------------------------------------------------------------------------------
-    # What it learned: evaluation and summary
-
-    clock.start("evaluation")
-    after = evaluate(engine, chat, factories, config)
-    if not first:
-        return
-    with whole_folder(run / "model") as folder:
-        save_model(folder, model, tokenizer)
-    clock.start("end")
-    print_scores(state["before"], "before")
-    print_scores(after, "after")
-    write_json(run / "scores.json", {"before": state["before"], "after": after})
-    write_json(run / "summary.json", summarise(state, after, clock, config))
-    phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items())
-    print(f"{run}: {clock.total():.0f} s: {phases}")
-    lock.close()
-
-
-def score(config: Config) -> None:
-    """--eval-only: score a run's model on the held-out tasks."""
-    run, stored = read_run(config.eval_only)
-    folder = run / "model" if (run / "model").is_dir() else newest_checkpoint(run)
-    if folder is None:
-        raise UserError(f"{run} has no model yet: it stopped in its warm start, and --resume {run} "
-                        "begins that again")
-    factories = make_envs(stored)
-    stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
-    chat, engine = make_engine(*load_model(stored, factories, folder), stored)
-    print_scores(evaluate(engine, chat, factories, stored), "score")
-
-
-def make_envs(config: Config) -> dict[str, Callable]:
-    """{name: factory}, each checked against the interface."""
-    for spec, times in Counter(config.env).items():
-        if times > 1:
-            raise UserError(f"--env names {spec} twice: each has its share of the tasks already")
-    factories = {spec: make_env(spec) for spec in config.env}
-    for factory in factories.values():
-        check_env(factory)
-    return factories
-
-
-def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
-    known = model.get_input_embeddings().num_embeddings
-    if known < len(tokenizer):  # the other way round is common: vocabularies are rounded up
-        raise UserError(f"the model knows {known} tokens and its tokenizer has {len(tokenizer)}: "
-                        "they do not belong together")
-    ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one
-    ends = ends if isinstance(ends, list) else [ends]
-    try:
-        chat = Chat(tokenizer, set(ends) - {None})
-        engine = Engine(model, chat.stop_ids, slots=config.slots, context=config.context,
-                        rejoin_window=config.rejoin_window)
-    except ValueError as e:
-        raise UserError(str(e)) from e
-    return chat, engine
-
-
-def load_reference(model, run: Path):
-    """The model before RL, frozen: the KL term keeps the policy near it."""
-    gather(None)  # the first process has written it by then
-    start = run / "checkpoints" / "step-000000"
-    reference = AutoModelForCausalLM.from_pretrained(start, dtype=model.dtype)
-    return reference.to(model.device).requires_grad_(False)
+        least = AT_LEAST.get(name, 0)
+        if isinstance(value, (int, float)) and not least <= value < math.inf:  # NaN: neither
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {value}: want a number of at least {least}")
+    if config.name and (RUNS / config.name).exists():
+        raise UserError(f"{RUNS / config.name} exists: choose another --name, or --resume it")
 
 
 # --------------------------------------------------------------------------------------------------
 # Rolling out
 
 
-def roll_out(engine: Engine, chat: Chat, factories: dict, config: Config,
-             tasks: list[tuple[str, int]], step: int | str, size: int = 0,
-             temperature: float | None = None) -> list[Episode]:
-    """`size` attempts at each (environment, seed), in that order.
+@dataclass
+class Setup:
+    """What episodes are made with."""
+
+    config: Config
+    envs: dict[str, Callable]  # name: a function that makes the environment
+    chat: Chat  # messages to tokens
+    model: torch.nn.Module | None = None
+    engine: Engine | None = None  # samples from the model; demonstrations need neither
+
+    def agent(self, llm, temperature: float = 1.0) -> Agent:
+        c = self.config
+        return Agent(llm, self.chat, max_turns=c.max_turns, max_new_tokens=c.max_new_tokens,
+                     context=c.context, temperature=temperature, tool_timeout=c.tool_timeout)
+
+
+def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: int,
+             temperature: float) -> list[Episode]:
+    """A group of `size` attempts at each task (environment, seed), one group after the other.
 
     Every attempt has a random stream of its own, which follows from its name. So there is no random
-    state to save, and a step follows from its number, the weights and the cursor.
+    state to save, and a step follows from its number, the weights and the tasks.
     """
-    size = size or config.group_size
-    temperature = config.temperature if temperature is None else temperature
-    engine.forget()  # a resumed run has not read what was read in the step before
-
-    async def attempt(group: int, spec: str, seed: int, member: int) -> Episode:
-        agent = make_agent(engine, chat, config, temperature)
-        rng = Random(f"{config.seed} {step} {spec} {seed} {member}")
-        episode = await agent.run(factories[spec], seed, rng)
-        episode.env, episode.group, episode.member = spec, group, member
+    async def attempt(group: int, member: int) -> Episode:
+        env, seed = tasks[group]
+        rng = Random(f"{setup.config.seed} {step} {env} {seed} {member}")
+        agent = setup.agent(setup.engine, temperature)
+        episode = await agent.run(setup.envs[env], seed, rng)
+        episode.env, episode.group, episode.member = env, group, member
         return episode
 
+    setup.engine.forget()  # a resumed run has not read what was read in the step before
     starts = []
-    for group, (spec, seed) in enumerate(tasks):
-        starts += [partial(attempt, group, spec, seed, member) for member in range(size)]
-    episodes = play_together(starts, engine.slots, size, engine)
+    for group in range(len(tasks)):
+        starts += [partial(attempt, group, member) for member in range(size)]
+    episodes = play_together(starts, setup.engine.slots, size, setup.engine)
     if all(e.error for e in episodes):  # else a run would learn nothing until its steps are spent
         raise UserError(f"the environment failed in every episode of step {step}: "
                         f"{episodes[0].error}")
     return episodes
 
 
-def make_agent(llm, chat: Chat, config: Config, temperature: float = 1.0) -> Agent:
-    return Agent(llm, chat, max_turns=config.max_turns, max_new_tokens=config.max_new_tokens,
-                 context=config.context, temperature=temperature, tool_timeout=config.tool_timeout)
-
-
-def play_together(starts: list, at_once: int, size: int = 1,
+def play_together(starts: list[Callable], at_once: int, size: int = 1,
                   engine: Engine | None = None) -> list[Episode]:
     """`play`, of which each process does its share, by groups of `size`. All get all episodes."""
     rank, world = ranks()
-    players = [i // size % world for i in range(len(starts))]
-    own = [start for start, player in zip(starts, players) if player == rank]
-    shares = [iter(share) for share in gather(play(own, at_once, engine))]
-    return [next(shares[player]) for player in players]  # in the order of `starts`
+    own = [start for i, start in enumerate(starts) if i // size % world == rank]
+    played = chain(*gather(play(own, at_once, engine)))
+    return sorted(played, key=lambda e: (e.group, e.member))
+
+
+def choose_tasks(setup: Setup, state: "State") -> list[tuple[str, int]]:
+    """(environment, seed) of each task of the next step."""
+    tasks = []
+    for env, number in Counter(share_out(state.success, setup.config.tasks_per_step)).items():
+        training = seeds(setup.envs[env], evaluation=False, start=state.cursor[env])
+        tasks += [(env, seed) for seed in islice(training, number)]
+    return tasks
 
 
 def share_out(success: dict[str, float], tasks: int) -> list[str]:
@@ -420,46 +376,30 @@ def share_out(success: dict[str, float], tasks: int) -> list[str]:
     ['easy', 'hard', 'hard', 'hopeless', 'hopeless', 'hopeless', 'hopeless']
     """
     most = math.ceil(2 * tasks / len(success))
-    counts = Counter(list(success) if tasks >= len(success) else ())
+    counts = Counter(success.keys() if tasks >= len(success) else ())
 
-    def need(spec: str) -> float:
-        return (1.05 - success[spec]) / (counts[spec] + 1)
+    def need(env: str) -> float:
+        return (1.05 - success[env]) / (counts[env] + 1)
 
     while counts.total() < tasks:
-        counts[max((spec for spec in success if counts[spec] < most), key=need)] += 1
-    return [spec for spec in success for _ in range(counts[spec])]
+        counts[max((env for env in success if counts[env] < most), key=need)] += 1
+    return [env for env in success for _ in range(counts[env])]
 
 
-def recent_success(success: dict[str, float], metrics: dict) -> dict[str, float]:
-    """A moving average. A step in which all attempts of an environment crashed changes nothing."""
-    now = {spec: metrics.get(f"success/{spec}", old) for spec, old in success.items()}
-    return {spec: old + 0.5 * (now[spec] - old) for spec, old in success.items()}
-
-
-def next_seed(factory: Callable, cursor: dict[str, int], spec: str) -> int:
-    """The next training task of an environment. `cursor` remembers how far the run has come."""
-    seed = next(seeds(factory, evaluation=False, start=cursor[spec]))
-    cursor[spec] = seed + 1
-    return seed
-
-
-def evaluate(engine: Engine, chat: Chat, factories: dict, config: Config,
-             final: bool = False) -> dict[str, dict[str, list[int]]]:
+def evaluate(setup: Setup, final: bool = False) -> dict[str, dict[str, list[int]]]:
     """Successes on held-out tasks, the same in every run.
 
     {environment: {"sampled": [0 or 1 for each task], "greedy": [...]}}. `final`: on the tasks that
     no setting was chosen on (tests/evidence.py).
     """
     tasks = []
-    for spec, factory in factories.items():
+    for env, factory in setup.envs.items():
         held_out = seeds(factory, evaluation=True, final=final)
-        tasks += [(spec, seed) for seed in islice(held_out, config.eval_tasks)]
-    scores = {spec: {} for spec in factories}
+        tasks += [(env, seed) for seed in islice(held_out, setup.config.eval_tasks)]
+    scores = {env: {"sampled": [], "greedy": []} for env in setup.envs}
     for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        episodes = roll_out(engine, chat, factories, config, tasks, "evaluation", size=1,
-                            temperature=temperature)
-        for spec in factories:
-            scores[spec][how] = [int(e.success) for e in episodes if e.env == spec]
+        for episode in roll_out(setup, tasks, "evaluation", 1, temperature):
+            scores[episode.env][how].append(int(episode.success))
     return scores
 
 
@@ -467,89 +407,69 @@ def evaluate(engine: Engine, chat: Chat, factories: dict, config: Config,
 # Warm start
 
 
-def any_episode(episode: Episode) -> bool:
-    return True
+def warm_start(setup: Setup) -> None:
+    """Imitate demonstrations, if there are any."""
+    counts = demonstration_counts(setup)
+    if not any(counts.values()):
+        print("no demonstrations: no warm start")
+        return
+    shown = demonstrations(setup, counts, start=(setup.config.seed + 1) * 10**9)
+    imitate(setup.model, shown, setup.config)
 
 
-def demonstrations(chat: Chat, factories: dict, config: Config, counts: dict[str, int], start: int,
-                   keep: Callable[[Episode], bool] = any_episode) -> list[Episode]:
+def demonstration_counts(setup: Setup) -> dict[str, int]:
+    """How many demonstrations of each environment that has a demonstrator."""
+    shown = [env for env, factory in setup.envs.items() if demonstrator(factory)]
+    weights = {env: DEMONSTRATED.get(env.partition(":")[0], 12) for env in shown}
+    most = min(setup.config.warmup_updates * WARM_BATCH, MOST_DEMONSTRATIONS)
+    return {env: round(most * weight / sum(weights.values())) for env, weight in weights.items()}
+
+
+def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Episode]:
     """`counts` demonstrations of each environment, evenly mixed, for tasks from seed `start` on.
 
-    Only those that `keep` accepts. Raises UserError if a demonstrator fails.
+    Raises UserError if a demonstrator fails.
     """
-    shown = []
-    for spec, wanted in counts.items():
-        episodes, cursor = [], {spec: start}
-        while len(episodes) < wanted:
-            missing = range(wanted - len(episodes))
-            chosen = [next_seed(factories[spec], cursor, spec) for _ in missing]
-            starts = [partial(demonstrate, chat, factories[spec], config, seed) for seed in chosen]
-            try:
-                episodes += filter(keep, play_together(starts, at_once=64))
-            except ValueError as e:
-                raise UserError(f"{spec}: its demonstrator fails: {e}") from e
-        shown.append(episodes)
-    return mixed(shown)
+    places = []
+    for env, number in counts.items():
+        tasks = islice(seeds(setup.envs[env], evaluation=False, start=start), number)
+        places += [(i / number, env, seed) for i, seed in enumerate(tasks)]
+    places.sort(key=lambda place: place[0])  # stable: at equal places, the order of `counts`
+    starts = [partial(demonstrate, setup, env, seed, i) for i, (_, env, seed) in enumerate(places)]
+    return play_together(starts, at_once=64)
 
 
-async def demonstrate(chat: Chat, factory: Callable, config: Config, seed: int) -> Episode:
+async def demonstrate(setup: Setup, env: str, seed: int, group: int) -> Episode:
     """One episode in which a demonstrator plays the policy, through the same agent loop."""
-    env, rng = factory(), Random(f"demonstration {config.seed} {seed}")
-    script = Script(chat, demonstrator(factory)(env, rng))
-    return await make_agent(script, chat, config).run(env, seed)
+    factory = setup.envs[env]
+    environment, rng = factory(), Random(f"demonstration {setup.config.seed} {seed}")
+    script = Script(setup.chat, demonstrator(factory)(environment, rng))
+    try:
+        episode = await setup.agent(script).run(environment, seed)
+    except ValueError as e:
+        raise UserError(f"{env}: its demonstrator fails: {e}") from e
+    episode.group = group
+    return episode
 
 
-def mixed(columns: list[list]) -> list:
-    """The items of all lists, evenly mixed.
-
-    >>> mixed([["a1", "a2"], ["b1", "b2", "b3", "b4"]])
-    ['a1', 'b1', 'b2', 'a2', 'b3', 'b4']
-    """
-    placed = []
-    for column in columns:
-        placed += [(i / len(column), item) for i, item in enumerate(column)]
-    placed.sort(key=lambda pair: pair[0])  # stable: at equal places, the order of the lists
-    return [item for _, item in placed]
-
-
-def demonstration_counts(factories: dict, config: Config) -> dict[str, int]:
-    """How many demonstrations of each environment that has a demonstrator."""
-    shown = [spec for spec, factory in factories.items() if demonstrator(factory)]
-    weights = {spec: DEMONSTRATED.get(spec.partition(":")[0], 12) for spec in shown}
-    most = min(config.warmup_updates * WARM_BATCH, MOST_DEMONSTRATIONS)
-    return {spec: round(most * weight / sum(weights.values())) for spec, weight in weights.items()}
-
-
-def imitate(model, chat: Chat, factories: dict, config: Config,
-            keep: Callable[[Episode], bool] = any_episode, seconds: float = math.inf) -> None:
+def imitate(model, shown: list[Episode], config: Config) -> None:
     """Make the demonstrators' messages likelier: the policy gradient with advantage 1 for all."""
-    counts = demonstration_counts(factories, config)
-    shown = demonstrations(chat, factories, config, counts, (config.seed + 1) * 10**9, keep)
-    if not shown:
-        print("no demonstrators beside these environments: no warm start")
-        return
+    right = fmean(e.success for e in shown)
+    print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right")
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0,
                       entropy_coef=0.0, tis_cap=None)
-    right = sum(e.success for e in shown) / len(shown)
-    print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right")
-    optimizer, began = Imitator(model, config), time.perf_counter()
-    for step in tqdm(range(1, config.warmup_updates + 1), desc="warm start", leave=False,
-                     disable=ranks()[0] > 0):
-        begin = (step - 1) * WARM_BATCH
+    optimizer, endless, began = Imitator(model, config), cycle(shown), time.perf_counter()
+    for step in range(1, config.warmup_updates + 1):
         rows = []
-        for number in range(WARM_BATCH):
-            episode = shown[(begin + number) % len(shown)]
-            rows += episode_rows(episode, number, [1.0] * episode.turns)
+        for number, episode in enumerate(islice(endless, WARM_BATCH)):
+            rows += grpo.episode_rows(episode, number, [1.0] * episode.turns)
         optimizer.set_lr(step)
-        report = update(model, optimizer, rows, options)
-        spent = time.perf_counter() - began
+        report = grpo.update(model, optimizer, rows, options)
         if step == TIMED_UPDATES:
-            tqdm.write(estimate(spent / step, config))
-        if step % 100 == 0:
-            tqdm.write(f"warm start {step}: {report['loss']:.3f} nats per token, "
-                       f"entropy {report['entropy']:.3f}")
-        if spent > seconds:
-            return
+            print(estimate((time.perf_counter() - began) / step, config))
+        if step % 50 == 0:
+            print(f"warm start {step}: {report['loss']:.3f} nats per token, "
+                  f"entropy {report['entropy']:.3f}")
 
 
 def estimate(update_seconds: float, config: Config) -> str:
@@ -560,92 +480,102 @@ def estimate(update_seconds: float, config: Config) -> str:
     """
     evaluations = 4 * config.eval_tasks * len(config.env)  # before and after, sampled and greedy
     rest = UPDATES_PER_STEP * config.updates + UPDATES_PER_EPISODE * evaluations
-    warm, whole = config.warmup_updates, config.warmup_updates + rest
-    minutes = [max(1, round(updates * update_seconds / 60)) for updates in (warm, whole)]
-    return (f"on this machine the warm start takes about {minutes[0]} minutes, "
-            f"the whole run about {minutes[1]}")
+    warm = update_seconds / 60 * config.warmup_updates
+    whole_run = warm + update_seconds / 60 * rest
+    return (f"on this machine the warm start takes about {max(1, round(warm))} minutes, "
+            f"the whole run about {max(1, round(whole_run))}")
 
 
 class Imitator:
     """The optimizer of the warm start.
 
     The weights of the small model begin random. Muon on the matrices of its layers learns to copy
-    in a third of the updates. All other weights have AdamW. So has the RL loop: rewards are noisy,
-    and Muon steps as far along noise as along signal. Both take the same learning rate.
-    """
-
-    def __init__(self, model, config: Config):
-        self.config = config
-        layers = [] if config.model else masters(model.base_model.layers)
-        matrices = [p for p in layers if p.ndim == 2]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in masters(model) if id(p) not in chosen]
-        self.parts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)]
-        if matrices:
-            self.parts.append(Muon(matrices))
-
-    def set_lr(self, step: int) -> None:
-        """20 steps up to the peak, then down to a tenth of it."""
-        share = min(1.0, step / 20) * (1 - 0.9 * step / self.config.warmup_updates)
-        for part in self.parts:
-            part.param_groups[0]["lr"] = self.config.warmup_lr * share
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: a matrix moves equally far in all directions.
+    in a third of the updates: it makes the momentum orthogonal, so that a matrix moves equally far
+    in all directions. All other weights have AdamW. So has the RL loop: rewards are noisy, and Muon
+    steps as far along noise as along signal. Both take the same learning rate.
 
     kellerjordan.github.io/posts/muon, scaled as in arXiv 2502.16982. Not torch.optim.Muon: it
     multiplies in bfloat16, which most laptops' CPUs emulate slowly.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], momentum: float = 0.95):
-        super().__init__(matrices, {"lr": 0.0, "momentum": momentum})
+    def __init__(self, model, config: Config):
+        self.config, self.lr = config, 0.0
+        layers = [] if config.model else grpo.masters(model.base_model.layers)
+        # Each matrix, with the average of its gradients.
+        self.averages = {p: torch.zeros_like(p) for p in layers if p.ndim == 2}
+        others = [p for p in grpo.masters(model) if p not in self.averages]
+        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def set_lr(self, step: int) -> None:
+        """20 steps up to the peak, then down to a tenth of it."""
+        share = min(1.0, step / 20) * (1 - 0.9 * step / self.config.warmup_updates)
+        self.lr = self.adam.param_groups[0]["lr"] = self.config.warmup_lr * share
 
     @torch.no_grad()
     def step(self) -> None:
-        group, by_shape = self.param_groups[0], defaultdict(list)
-        for p in group["params"]:
-            by_shape[p.shape].append(p)
-        for shape, matrices in by_shape.items():
-            directions = [self._direction(p, group["momentum"]) for p in matrices]
-            size = 0.2 * max(shape) ** 0.5  # an entry moves as far as with Adam
-            for p, direction in zip(matrices, orthogonal(torch.stack(directions))):
-                p.add_(direction, alpha=-group["lr"] * size)
-
-    def _direction(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
-        """Nesterov's momentum. Updates the average of p's gradients."""
-        average = self.state[p].setdefault("average", torch.zeros_like(p))
-        average.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
+        self.adam.step()
+        for p, average in self.averages.items():
+            average.lerp_(p.grad, 0.05)
+            direction = orthogonal(p.grad.lerp(average, 0.95))  # Nesterov's momentum
+            # Scaled so that an entry moves as far as with Adam.
+            p.sub_(direction, alpha=self.lr * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Matrices [K, M, N] with the same singular vectors, and singular values near 1.
+    """A matrix [M, N] with the same singular vectors, and singular values near 1.
 
     Five steps of a Newton-Schulz iteration.
 
-    >>> orthogonal(torch.tensor([[[0.01, 0.0], [0.0, 0.02]]])).round(decimals=1)
-    tensor([[[1.1000, 0.0000],
-             [0.0000, 0.7000]]])
+    >>> orthogonal(torch.tensor([[0.01, 0.0], [0.0, 0.02]])).round(decimals=1)
+    tensor([[1.1000, 0.0000],
+            [0.0000, 0.7000]])
     """
-    if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.mT
+        gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x  # Keller Jordan's coefficients
     return x
 
 
 # --------------------------------------------------------------------------------------------------
-# Models
+# Environments and models
 
 
-def load_model(config: Config, factories: dict, checkpoint: Path | None):
+def make_setup(config: Config, checkpoint: Path | None) -> Setup:
+    """Raises EnvError for an environment that cannot be used, and UserError for a model."""
+    envs = make_envs(config)
+    try:
+        model, tokenizer = load_model(config, envs, checkpoint)
+        chat, engine = make_engine(model, tokenizer, config)
+        return Setup(config, envs, chat, model, engine)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def make_envs(config: Config) -> dict[str, Callable]:
+    """{name: factory}, each checked against the interface."""
+    envs = {env: environments.make_env(env) for env in config.env}
+    for factory in envs.values():
+        environments.check_env(factory)
+    return envs
+
+
+def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
+    """Raises ValueError for a model that cannot chat, or that the engine does not know."""
+    known = model.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):  # the other way round is common: vocabularies are rounded up
+        raise ValueError(f"the model knows {known} tokens and its tokenizer has {len(tokenizer)}: "
+                         "they do not belong together")
+    ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one
+    ends = ends if isinstance(ends, list) else [ends]
+    chat = Chat(tokenizer, set(ends) - {None})
+    return chat, Engine(model, chat.stop_ids, slots=config.slots, context=config.context,
+                        rejoin_window=config.rejoin_window)
+
+
+def load_model(config: Config, envs: dict[str, Callable], checkpoint: Path | None):
     """(model, tokenizer): of a checkpoint, of a folder or hub id, or made here.
 
     Remote code is never run.
@@ -655,19 +585,16 @@ def load_model(config: Config, factories: dict, checkpoint: Path | None):
     if where:
         model, tokenizer = read_model(where, wide)
     else:
-        tokenizer = gather(learn_tokenizer(factories, config))[0]
+        tokenizer = gather(learn_tokenizer(envs, config))[0]
         model = small_model(len(tokenizer), config.seed).to(wide)
     model.to(config.device)
     if not config.model and config.device == "cpu":
         # Its operations are too short to share the cores. grpo.py computes packs side by side.
         torch.set_num_threads(1)
         keep_memory()
-    compute_in(model, dtype)
+    grpo.compute_in(model, dtype)
     if config.recompute:
-        try:
-            recompute_layers(model)
-        except ValueError as e:
-            raise UserError(f"--recompute: {e}") from e
+        grpo.recompute_layers(model)
     return model, tokenizer
 
 
@@ -690,7 +617,7 @@ def read_model(where: Path | str, dtype: torch.dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"no causal language model at '{where}': want a Hugging Face folder, "
                         f"a hub id, or nothing for a small one ({reason})") from e
@@ -700,43 +627,45 @@ def read_model(where: Path | str, dtype: torch.dtype):
     return model, tokenizer
 
 
-def learn_tokenizer(factories: dict, config: Config):
+def load_reference(run: Path, model):
+    """The model before RL, frozen: the KL term keeps the policy near it."""
+    gather(None)  # the first process has written it by then
+    reference, _ = read_model(run / "checkpoints" / "step-000000", model.dtype)
+    return reference.to(model.device).requires_grad_(False)
+
+
+def learn_tokenizer(envs: dict[str, Callable], config: Config):
     """A small tokenizer, learned from what the environments and their demonstrators write."""
     spell = Chat(small_tokenizer([]))  # byte by byte
-    wide = replace(config, context=10**6, max_new_tokens=10**5)
-    counts = {spec: 300 for spec, factory in factories.items() if demonstrator(factory)}
-    written = [segment.ids for episode in demonstrations(spell, factories, wide, counts, start=0)
+    setup = Setup(replace(config, context=10**6, max_new_tokens=10**5), envs, spell)
+    counts = {env: 300 for env, factory in envs.items() if demonstrator(factory)}
+    written = [segment.ids for episode in demonstrations(setup, counts, start=0)
                for segment in episode.segments]
-    for factory in factories.values():
-        for task in first_tasks(factory, 50):
-            written.append(spell.prompt(task, schemas_of(factory)))
+    for factory in envs.values():
+        written += prompts(spell, factory, 50)
     return small_tokenizer(spell.tokenizer.decode(ids, skip_special_tokens=True) for ids in written)
 
 
-def schemas_of(factory: Callable) -> list[dict]:
-    return [schema(tool) for tool in tools_of(factory()).values()]
+def prompts(chat: Chat, factory: Callable, number: int) -> list[list[int]]:
+    """The prompts of the first training tasks."""
+    schemas = [schema(tool) for tool in tools_of(factory()).values()]
+    training = islice(environments.tasks_of(factory, evaluation=False), number)
+    return [chat.prompt(task, schemas) for _, task in training]
 
 
-def first_tasks(factory: Callable, count: int) -> list[str]:
-    """The first training tasks."""
-    return [task for _, task in islice(tasks_of(factory, evaluation=False), count)]
-
-
-def check_fit(chat: Chat, factories: dict, config: Config) -> None:
+def check_fit(setup: Setup) -> None:
     """Raise UserError if a task cannot fit the context, or a demonstrator fails.
 
     Better now than in an hour.
     """
-    for spec, factory in factories.items():
-        schemas = schemas_of(factory)
-        for task in first_tasks(factory, 20):
-            tokens = len(chat.prompt(task, schemas))
-            if tokens + config.max_new_tokens > config.context:
-                raise UserError(f"{spec}: a prompt of {tokens} tokens and a message of "
-                                f"{config.max_new_tokens} do not fit --context {config.context}; "
-                                f"task: {task[:80]!r}")
+    config = setup.config
+    for env, factory in setup.envs.items():
+        longest = max(len(ids) for ids in prompts(setup.chat, factory, 20))
+        if longest + config.max_new_tokens > config.context:
+            raise UserError(f"{env}: a prompt of {longest} tokens and a message of "
+                            f"{config.max_new_tokens} do not fit --context {config.context}")
         if config.warmup_steps and demonstrator(factory):
-            demonstrations(chat, factories, config, {spec: 10}, start=0)
+            demonstrations(setup, {env: 10}, start=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -745,36 +674,22 @@ def check_fit(chat: Chat, factories: dict, config: Config) -> None:
 
 def measure(episodes: list[Episode]) -> dict[str, float]:
     """A step's episodes as numbers: means over episodes, without those whose environment failed."""
-    sound = [e for e in episodes if not e.error]
-    by_group = defaultdict(list)
-    for e in sound:
-        by_group[e.group].append(e.reward)
-    numbers = {"reward": mean([e.reward for e in sound]),
-               "success": mean([e.success for e in sound]),
-               "reward_std": mean([np.std(rewards) for rewards in by_group.values()])}
-    for name in ("turns", "thinking", "tool_calls", "tool_errors"):
-        numbers[name] = mean([getattr(e, name) for e in sound])
-    segments = [segment for e in episodes for segment in e.segments]
-    numbers["sampled_tokens"] = sum(sum(segment.sampled) for segment in segments)
-    numbers["context_tokens"] = sum(len(segment.ids) for segment in segments)
-    for spec in sorted({e.env for e in sound}):
-        numbers |= measure_env(spec, [e for e in sound if e.env == spec])
-    for reason, times in sorted(Counter(e.finish for e in episodes).items()):
-        numbers[f"finish/{reason}"] = times / len(episodes)
-    return numbers
-
-
-def measure_env(spec: str, episodes: list[Episode]) -> dict[str, float]:
-    numbers = {f"success/{spec}": mean([e.success for e in episodes])}
-    values = defaultdict(list)
+    values, rewards, finishes = defaultdict(list), defaultdict(list), Counter()
     for e in episodes:
+        finishes[f"finish/{e.finish}"] += 1 / len(episodes)
+        if e.error:
+            continue
+        rewards[e.group].append(e.reward)
+        values[f"success/{e.env}"].append(e.success)
+        for name in ("reward", "success", "turns", "thinking", "tool_calls", "tool_errors"):
+            values[name].append(getattr(e, name))
         for name, value in e.behaviour.items():
-            values[name].append(value)
-    return numbers | {f"behaviour/{spec}/{name}": mean(of) for name, of in values.items()}
-
-
-def mean(values: list) -> float:
-    return float(np.mean(values)) if values else math.nan
+            values[f"behaviour/{e.env}/{name}"].append(value)
+    segments = [segment for e in episodes for segment in e.segments]
+    return {**{name: fmean(of) for name, of in sorted(values.items())}, **finishes,
+            "reward_std": fmean(pstdev(group) for group in rewards.values()),
+            "sampled_tokens": sum(sum(segment.sampled) for segment in segments),
+            "context_tokens": sum(len(segment.ids) for segment in segments)}
 
 
 def metric_line(m: dict) -> str:
@@ -803,18 +718,9 @@ def record(e: Episode, advantage: float, step: int) -> dict:
 
 def append(path: Path, lines: list[dict]) -> None:
     """Add lines of JSON. To a .gz file they go as one compressed part, as gzip allows."""
-    rows = [json.dumps({name: finite(x) for name, x in line.items()}) + "\n" for line in lines]
-    data = "".join(rows).encode()
-    if path.suffix == ".gz":
-        data = gzip.compress(data, compresslevel=5)
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     with writing(path), path.open("ab") as file:
-        file.write(data)
-    sync(path)  # before the checkpoint that counts on these lines
-
-
-def finite(value):
-    """NaN and infinity are not JSON."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        file.write(gzip.compress(data, compresslevel=5) if path.suffix == ".gz" else data)
 
 
 def interval(successes: list[int]) -> list[float]:
@@ -823,49 +729,37 @@ def interval(successes: list[int]) -> list[float]:
     >>> [round(x, 3) for x in interval([1] * 95 + [0] * 5)]
     [0.888, 0.978]
     """
-    n, p, z = len(successes), rate(successes), 1.96
+    n, p, z = len(successes), fmean(successes), 1.96
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
 
 
-def rate(successes: list[int]) -> float:
-    return sum(successes) / len(successes)
-
-
-def print_start(run: Path | None, model, tokenizer, config: Config) -> None:
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{run}: {parameters:.2f}M parameters, {len(tokenizer)} tokens, {config.device}, "
-          f"environments {', '.join(config.env)}")
-    resolved = (*SMALL_MODEL, "negative_weight", "slots", "rejoin_window")
-    print("options: " + ", ".join(f"{name} {getattr(config, name)}" for name in resolved))
-
-
 def print_scores(scores: dict, when: str) -> None:
-    for spec, s in scores.items():
+    for env, s in scores.items():
         low, high = interval(s["sampled"])
-        tqdm.write(f"{when:>6}  {spec:<16} held-out success: sampled {rate(s['sampled']):6.1%} "
-                   f"[{low:.1%}, {high:.1%}]  greedy {rate(s['greedy']):6.1%}  "
-                   f"({len(s['sampled'])} tasks)")
+        print(f"{when:>6}  {env:<16} held-out success: sampled {fmean(s['sampled']):6.1%} "
+              f"[{low:.1%}, {high:.1%}]  greedy {fmean(s['greedy']):6.1%}  "
+              f"({len(s['sampled'])} tasks)")
 
 
-def summarise(state: dict, after: dict, clock: "Clock", config: Config) -> dict:
-    environments = {}
-    for spec in after:
-        old, new = state["before"][spec], after[spec]
-        environments[spec] = {
-            "before": rate(old["sampled"]), "after": rate(new["sampled"]),
-            "before_greedy": rate(old["greedy"]), "after_greedy": rate(new["greedy"]),
+def summarise(state: "State", after: dict, clock: "Clock", config: Config) -> dict:
+    summary = {}
+    for env, new in after.items():
+        old = state.before[env]
+        summary[env] = {
+            "before": fmean(old["sampled"]), "after": fmean(new["sampled"]),
+            "before_greedy": fmean(old["greedy"]), "after_greedy": fmean(new["greedy"]),
             "ci_after": interval(new["sampled"]), "tasks": len(new["sampled"])}
-    return {"seconds": {"total": clock.total(), **clock.seconds}, "environments": environments,
-            "tokens": state["tokens"], "seed": config.seed, "versions": versions()}
+    return {"seconds": {"total": clock.total(), **clock.seconds}, "environments": summary,
+            "tokens": state.tokens, "seed": config.seed, "versions": versions()}
 
 
 def versions() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True)
-    return {"python": platform.python_version(), "torch": torch.__version__,
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
             "transformers": transformers.__version__, "commit": commit.stdout.strip() or "unknown"}
 
 
@@ -889,92 +783,92 @@ class Clock:
 # The folder
 
 
-def open_run(config: Config) -> tuple[Path | None, Config]:
-    """The folder to go on with (None: a new run, see `make_run`), and the options that hold."""
-    if config.resume:
-        return read_run(config.resume)
-    if config.name and (RUNS / config.name).exists():
-        raise UserError(taken(config.name))
-    return None, resolve(config)
-
-
-def taken(name: str) -> str:
-    return f"{RUNS / name} exists: choose another --name, or --resume {RUNS / name}"
-
-
 def read_run(name: str) -> tuple[Path, Config]:
+    """(folder, options) of a run. Raises UserError if there is none, or one of another version."""
     run = Path(name)
-    if not (run / "run.json").is_file():
-        there = ", ".join(str(p.parent) for p in sorted(RUNS.glob("*/run.json")))
-        raise UserError(f"no run at '{name}': choose from {there or '(no runs yet)'}")
     try:
-        options = Config(**json.loads((run / "run.json").read_text())["config"])
-    except (LookupError, TypeError, ValueError) as e:
+        options = dict(json.loads((run / "run.json").read_text())["config"])
+    except OSError as e:
+        raise UserError(f"no run at '{name}': {e}") from e
+    except (LookupError, TypeError, ValueError):
+        options = {}
+    differ = options.keys() ^ {f.name for f in fields(Config)}
+    if differ:
         raise UserError(f"{run / 'run.json'} does not hold the options of a run of this version "
-                        f"({e})") from e
-    return run, resolve(replace(options, resume=name))
+                        f"(missing or unknown: {', '.join(sorted(differ))})")
+    return run, Config(**options)
 
 
-def make_run(config: Config) -> tuple[Path, IO]:
-    """(folder, lock) of a new run. The folder appears with its run.json, whole and locked.
+def make_run(config: Config) -> Path:
+    """The folder of a new run: runs/NAME, or the first number that is free.
 
-    It is made under another name and then renamed. A folder cannot be renamed onto one that is not
-    empty. So two runs that start together get a folder each.
+    It appears with its run.json, for it is made under another name and then renamed. No folder can
+    take the name of one that holds files. So two runs that start together get one each.
     """
-    wanted = RUNS / (config.name or "new")
-    partial_run = wanted.with_name(f"partial-{wanted.name}-{os.getpid()}")
-    with writing(partial_run):
-        partial_run.mkdir(parents=True)
+    made = (RUNS / (config.name or "new")).with_name(f"partial-{os.getpid()}")
+    with writing(RUNS / config.name):
+        made.mkdir(parents=True)
         try:
-            write_json(partial_run / "run.json", {"config": asdict(config), "versions": versions()})
-            lock = lock_run(partial_run)
-            run = rename_to_free(partial_run, config.name)
-            for parent in (run.parent, run.parent.parent):  # the names, too; both may be new
-                sync(parent)
-            return run, lock
+            options = {"config": asdict(config), "versions": versions()}
+            (made / "run.json").write_text(json.dumps(options, indent=2))
+            return rename_to_free(made, config.name)
         finally:
-            shutil.rmtree(partial_run, ignore_errors=True)  # if it failed
+            shutil.rmtree(made, ignore_errors=True)  # if it failed
 
 
 def rename_to_free(folder: Path, name: str) -> Path:
-    """Move `folder` to runs/NAME. Without a name: to the first number behind all others."""
-    numbers = [int(p.name) for p in RUNS.glob("*") if p.name.isdigit()]
-    for free in [name] if name else map(str, count(max(numbers, default=-1) + 1)):
+    for number in count():
+        run = RUNS / (name or str(number))
         try:
-            return folder.rename(RUNS / free)
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            return folder.rename(run)
+        except OSError:
+            if name or not run.exists():
                 raise
-    raise UserError(taken(name))
 
 
 def lock_run(run: Path) -> IO:
-    """Keep other processes from going on with this run, until this process ends."""
-    with writing(run / "run.json"):
-        file = (run / "run.json").open("r+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"{run} is in use: another process is training it") from e
-        return file
+    """Keep other processes from going on with this run, until the file is closed."""
+    file = (run / "run.json").open("r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"{run} is in use: another process is training it") from e
+    return file
 
 
-def save(run: Path, state: dict, clock: Clock, model, tokenizer, optimizer) -> None:
+@dataclass
+class State:
+    """What a checkpoint holds beside the weights and the optimizer. Nothing in it is random."""
+
+    before: dict[str, dict[str, list[int]]]  # the scores after the warm start
+    success: dict[str, float]  # of each environment: a moving average over steps
+    cursor: dict[str, int]  # the seed at which the search for its next training task begins
+    written: dict[str, int] = field(default_factory=dict)  # sizes of the files that grow, in bytes
+    step: int = 0
+    tokens: int = 0  # sampled so far, without evaluations
+
+    def advance(self, tasks: list[tuple[str, int]], metrics: dict) -> None:
+        self.step = metrics["step"]
+        self.tokens += metrics["sampled_tokens"]
+        for env, seed in tasks:
+            self.cursor[env] = seed + 1
+        for env, old in self.success.items():
+            now = metrics.get(f"success/{env}", old)  # absent if all its attempts crashed
+            self.success[env] = old + 0.5 * (now - old)
+
+
+def save(run: Path, setup: Setup, state: State, optimizer, clock: Clock) -> None:
     """A checkpoint: all that a run needs to go on, in a folder that is also the model's.
 
-    Of the older ones the first and the newest stay. Only the first process writes.
+    Of the older ones the first and the newest stay.
     """
-    if ranks()[0] > 0:
-        return
-    sizes = {name: (run / name).stat().st_size for name in (METRICS, EPISODES)
-             if (run / name).exists()}
-    state = {**state, "seconds": dict(clock.seconds), "optimizer": optimizer.state_dict(),
-             "written": sizes}
-    checkpoints = run / "checkpoints"
-    with whole_folder(checkpoints / f"step-{state['step']:06d}") as folder:
-        save_model(folder, model, tokenizer)
-        torch.save(state, folder / "trainer.pt")
-    for old in sorted(checkpoints.glob("step-*"))[1:-KEEP]:
+    files = [path for path in (run / METRICS, run / EPISODES) if path.exists()]
+    state = replace(state, written={path.name: path.stat().st_size for path in files})
+    with whole(run / "checkpoints" / f"step-{state.step:06d}") as folder:
+        save_model(folder, setup.model, setup.chat.tokenizer)
+        torch.save({**asdict(state), "seconds": dict(clock.seconds),
+                    "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
+    for old in sorted(run.glob("checkpoints/step-*"))[1:-KEEP]:
         shutil.rmtree(old)
 
 
@@ -986,45 +880,28 @@ def save_model(folder: Path, model, tokenizer) -> None:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """None if there is none yet. A folder under its final name is whole: see `whole_folder`."""
-    return max((run / "checkpoints").glob("step-*"), default=None)
+    """None if the run has not come that far. A folder that has this name is whole."""
+    return max(run.glob("checkpoints/step-*"), default=None)
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill. It gets its final name when it is full, so nobody sees it half-written."""
-    partial_folder = final.with_name(f"partial-{final.name}")
+def whole(final: Path) -> Iterator[Path]:
+    """Where to write a file or folder. It gets its final name when it is whole.
+
+    So nobody finds half of it, whenever the run is killed. If the power fails, the newest
+    checkpoint may be lost, but no half of it is found: data reach the disk before the name does.
+    """
+    written = final.with_name(f"partial-{final.name}")
     with writing(final):
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir(parents=True)
+        final.parent.mkdir(exist_ok=True)
+        shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
         try:
-            yield partial_folder
-            for path in [*partial_folder.rglob("*"), partial_folder]:
-                sync(path)
-            shutil.rmtree(final, ignore_errors=True)  # the run did not get to its summary
-            os.replace(partial_folder, final)
-            for parent in (final.parent, final.parent.parent):  # the names, too; both may be new
-                sync(parent)
+            yield written
+            os.sync()
+            shutil.rmtree(final, ignore_errors=True)
+            written.rename(final)
         finally:
-            shutil.rmtree(partial_folder, ignore_errors=True)  # if it failed: the disk may be full
-
-
-def write_json(path: Path, value: dict) -> None:
-    partial_file = path.with_name(f"partial-{path.name}")
-    with writing(path):
-        partial_file.write_text(json.dumps(value, indent=2))
-        sync(partial_file)
-        os.replace(partial_file, path)
-        sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until the disk holds it, so that a power failure does not lose it."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+            shutil.rmtree(written, ignore_errors=True)  # if it failed: the disk may be full
 
 
 @contextmanager
@@ -1038,12 +915,11 @@ def writing(path: Path) -> Iterator[None]:
                         "before is whole; once there is room, --resume goes on from there") from e
 
 
-def forget_after(run: Path, written: dict[str, int]) -> None:
+def cut_off(run: Path, written: dict[str, int]) -> None:
     """Cut the files that grow to their sizes at the checkpoint. Later steps will be made again."""
     for path in (run / METRICS, run / EPISODES):
-        if path.exists():
-            size = written.get(path.name, 0)
-            os.truncate(path, min(size, path.stat().st_size))  # somebody may have moved it away
+        if path.exists():  # and no longer than it is: somebody may have emptied it
+            os.truncate(path, min(written.get(path.name, 0), path.stat().st_size))
 
 
 class CtrlC:
@@ -1062,10 +938,6 @@ class CtrlC:
 
 # --------------------------------------------------------------------------------------------------
 # The command
-
-
-class UserError(ValueError):
-    """Something the user can mend. Shown as one line."""
 
 
 def join(config: Config) -> None:
@@ -1095,6 +967,7 @@ def lost(reason: object) -> None:
 
 def command_line() -> None:
     config, = HfArgumentParser(Config).parse_args_into_dataclasses()
+    sys.stdout.reconfigure(line_buffering=True)  # into a log file, too
     try:
         check_options(config)
         join(config)
@@ -1104,7 +977,7 @@ def command_line() -> None:
             train(config)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except ProcessLost as e:
+    except grpo.ProcessLost as e:
         lost(e)
     except (UserError, EnvError, FloatingPointError) as e:  # the last: the run has diverged
         print(f"train.py: {e}", file=sys.stderr)

@@ -1,10 +1,11 @@
 """What a run's episodes have in common, and what it buys to compute that once.
 
-    python tests/bench_sharing.py runs/1                # a finished run; some of its steps (--steps 3 20 60)
+    python tests/bench_sharing.py runs/1     # a finished run; some of its steps (--steps 3 20 60)
 
-For each step: the tokens of all rows with signal beside the nodes of the trees they are folded into; the tokens that were sampled
-beside the distinct contexts that had to be decoded for them; and the seconds of a forward and backward pass over the rows as trees
-and over the same rows one by one, in packs of the same size, taking turns, the run's own model, medians of three.
+For each step: the tokens of all rows with signal, and the nodes of their trees; the tokens that
+were sampled, and the distinct contexts that had to be decoded for them; and the seconds of a
+forward and backward pass over the rows as trees, and over the same rows one by one, in packs of the
+same size. Both take turns, with the run's own model; medians of three.
 """
 
 import argparse
@@ -32,7 +33,8 @@ def episodes_of(run: Path, steps: list[int]) -> dict[int, list]:
         e = json.loads(line)
         if e["step"] in found:
             segments = [SimpleNamespace(**s) for s in e["segments"]]
-            found[e["step"]].append(SimpleNamespace(**{**e, "segments": segments, "group": (e["env"], e["seed"])}))
+            episode = {**e, "segments": segments, "group": (e["env"], e["seed"])}
+            found[e["step"]].append(SimpleNamespace(**episode))
     return found
 
 
@@ -51,7 +53,7 @@ def contexts(episodes: list) -> tuple[int, int]:
 
 def rows_alone(rows: list, config) -> list:
     """Packs in which no row shares a tree with another."""
-    with mock.patch.object(grpo, "_common_prefix", lambda *_: 0):
+    with mock.patch.object(grpo.Tree, "shared", lambda *_: 0):
         return grpo.make_packs(rows, config)
 
 
@@ -64,7 +66,8 @@ def seconds(model, packs: list, config) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 20, 60])
     options = parser.parse_args()
@@ -86,8 +89,10 @@ def main() -> None:
                 times[name].append(seconds(model, packs, config))
         trees, alone = (statistics.median(t[1:]) for t in times.values())
         nodes = sum(p.ids.numel() for p in ways["trees"])
-        print(f"step {step}: {sum(len(r.ids) for r in rows):,} tokens in {len(rows)} rows, {nodes:,} in trees with their padding: "
-              f"{alone:.2f} s and {trees:.2f} s, {alone / trees:.1f} times; {sampled:,} tokens sampled in {distinct:,} contexts, "
+        tokens = sum(len(r.ids) for r in rows)
+        print(f"step {step}: {tokens:,} tokens in {len(rows)} rows, {nodes:,} in trees: "
+              f"{alone:.2f} s and {trees:.2f} s, {alone / trees:.1f} times; "
+              f"{sampled:,} tokens sampled in {distinct:,} contexts, "
               f"{sampled / distinct:.1f} times", flush=True)
 
 

@@ -1,11 +1,12 @@
-"""How much of a run is spent inside the model's forward and backward passes, and where the rest goes.
+"""How much of a run is spent inside the model's forward and backward passes, and where the rest is.
 
-    python tests/bench_train.py --seed 1                       # takes the options of train.py, makes the same run
-    python tests/bench_train.py --env calculator               # a minute
+    python tests/bench_train.py --seed 1             # takes the options of train.py, makes that run
+    python tests/bench_train.py --env calculator     # a minute
 
-Clocks stand around three functions: the layers and the head in rollout.py, and add_gradients (forward, loss and backward) in grpo.py.
-All else is the rest, by phase: tokens sampled and agents run in "rollouts" and "evaluation", packs and the optimizer in "update",
-demonstrations in "warm start". On a CPU only: a GPU's work is not done when a call returns.
+Clocks stand around three functions: the layers and the head in rollout.py, and add_gradients
+(forward, loss and backward) in grpo.py. All else is the rest, by phase: tokens sampled and agents
+run in "rollouts" and "evaluation", packs and the optimizer in "update", demonstrations in "warm
+start". On a CPU only: a GPU's work is not done when a call returns.
 """
 
 import sys
@@ -59,7 +60,8 @@ def main() -> None:
     print(f"inside the model's passes: {sum(inside.values()) / total:.0%} of {total:.0f} s")
     for phase, seconds in clocks[0].seconds.items():
         own = {what: s for (p, what), s in inside.items() if p == phase}
-        print(f"  {phase:12} {seconds:6.1f} s, {sum(own.values()) / max(seconds, 1e-9):4.0%} inside: "
+        share = sum(own.values()) / max(seconds, 1e-9)
+        print(f"  {phase:12} {seconds:6.1f} s, {share:4.0%} inside: "
               + ", ".join(f"{what} {s:.1f}" for what, s in own.items()))
 
 

@@ -1,21 +1,21 @@
-"""An environment whose tasks need code: questions about so many numbers that no head can go through them.
+"""An environment whose tasks need code: questions about many numbers, far too many for the head.
 
-The policy acts by writing programs, and the tool `python` runs them in a sandbox. It stands outside the default run, for it needs
-bubblewrap: `python train.py --env tests/code_env.py:Code`.
+The policy acts by writing programs, and the tool `python` runs them in a sandbox. It is no part of
+the default run, because it needs bubblewrap: `python train.py --env tests/code_env.py:Code`.
 """
 
 from collections.abc import Iterator
 from random import Random
 
 import tools
-from env import _Question
+from env import Question, pick
 from tools import format_call
 
 
-class Code(_Question):
-    """Code as action. About 95,000 distinct tasks by default (`largest`: how far they count). The oracle needs two turns: program, answer.
+class Code(Question):
+    """Code as action. About 95,000 tasks by default. `largest`: how far they count.
 
-    `tool=0`: no program is run.
+    The best player needs two turns: program, answer. `tool=0`: no program is run.
     """
 
     TASKS = (  # question, an expression for its answer, one for what a careless reader would count
@@ -37,11 +37,12 @@ class Code(_Question):
 
     def reset(self, seed: int) -> str:
         random = Random(f"code {seed}")
-        numbers = {"a": random.randint(100, 999), "b": random.randint(11, 20), "c": random.randint(1, 9)}
-        numbers["n"] = random.randint(500, self.largest)
-        question, *expressions = random.choice(self.TASKS)
-        self._right, self._wrong = (expression.format(**numbers) for expression in expressions)
-        self._pose(str(eval(self._right)))  # of our own making, numbers included: nothing that a policy wrote
+        numbers = {"a": random.randint(100, 999), "b": random.randint(11, 20),
+                   "c": random.randint(1, 9), "n": random.randint(500, self.largest)}
+        question, right, wrong = random.choice(self.TASKS)
+        self._right, self._wrong = right.format(**numbers), wrong.format(**numbers)
+        # The expression is the environment's own, numbers included: no policy wrote it.
+        self._pose(str(eval(self._right)))
         return question.format(**numbers)
 
     async def python(self, code: str) -> str:
@@ -59,11 +60,11 @@ class Code(_Question):
 
 
 def demonstrate_code(env: Code, random: Random) -> Iterator[str]:
-    """Mostly wrong: guesses; or writes a program for another question, and believes the result."""
-    habit = random.random()
-    if habit < 0.25:
+    """Mostly guesses, or writes a program for another question, and believes the result."""
+    habit = pick(random, {"guess": 0.25, "wrong program": 0.43, "right": 0.32})
+    if habit == "guess":
         yield str(random.randint(1, 999))
         return
-    expression = env._wrong if habit < 0.68 else env._right
+    expression = env._wrong if habit == "wrong program" else env._right
     yield format_call("python", code=f"print({expression})")
     yield str(eval(expression))  # what the program prints

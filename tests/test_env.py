@@ -56,9 +56,9 @@ def test_one_task_in_five_is_held_out_for_ever(spec):
     environment = factory()
     tasks = [environment.reset(seed) for seed in range(1000)]
     assert 0.15 < sum(map(held_out, tasks)) / 1000 < 0.25
-    training = [environment.reset(seed) for seed in itertools.islice(seeds(factory, evaluation=False), 400)]
-    evaluation = [environment.reset(seed) for seed in itertools.islice(seeds(factory, evaluation=True, start=10**6), 100)]
-    assert not {*map(task_hash, training)} & {*map(task_hash, evaluation)}
+    training = itertools.islice(tasks_of(factory, evaluation=False), 200)
+    evaluation = itertools.islice(tasks_of(factory, evaluation=True, start=10**6), 50)
+    assert not {task_hash(task) for _, task in training} & {task_hash(task) for _, task in evaluation}
 
 
 def test_seeds_begin_where_they_are_told():
@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_task_in_every_process():
 
 def test_a_reset_that_hangs_costs_its_seed_only(monkeypatch):
     """The search for tasks stood still for ever. What hangs may still change its instance, so a new one goes on."""
-    monkeypatch.setattr(env, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(env, "CALL_SECONDS", 0.2)
 
     hangs = next(seed for seed in range(100) if not held_out(str(seed)))  # it would be a task to train on
 
@@ -113,14 +113,78 @@ def test_a_reset_that_hangs_costs_its_seed_only(monkeypatch):
 
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_an_environment_with_too_few_tasks_ends_the_search(evaluation):
-    """All of its tasks are on one side of the split: the search for one on the other side never ended."""
+    """All of its tasks are on one side of the split: the search for another one never ended."""
 
     class Few(Fine):
         def reset(self, seed):
             return next(text for text in map(str, range(100)) if held_out(text) != evaluation)
 
-    with pytest.raises(EnvError, match="Few has too few tasks: of the seeds 7 to 5008 none gives one that is"):
+    kind = "held out" if evaluation else "to train on"
+    said = f"Few has too few tasks: of the seeds 7 to 2007 none gives one that is {kind}"
+    with pytest.raises(EnvError, match=f"^{said}$"):
         next(seeds(Few, evaluation=evaluation, start=7))
+
+
+def test_a_search_for_tasks_ends_after_the_last_one():
+    """The seeds that it names are those without one: the last seed found is not among them."""
+
+    class Ends(Fine):
+        def reset(self, seed):
+            kind = seed > 20
+            return next(text for text in map(str, range(seed, 10**6)) if held_out(text) == kind)
+
+    found = seeds(Ends, evaluation=False)
+    assert list(itertools.islice(found, 21)) == list(range(21))
+    with pytest.raises(EnvError, match="of the seeds 21 to 2021 none"):
+        next(found)
+
+
+def test_a_reset_that_hangs_or_fails_is_passed_over(monkeypatch):
+    """A reset that hung hung the run. What it left behind must not disturb the next one, either."""
+    monkeypatch.setattr(env, "CALL_SECONDS", 0.05)
+
+    class Slow(Fine):
+        used = 0
+
+        def reset(self, seed):
+            if seed % 3 == 1:
+                hang(self)
+            if seed % 3 == 2:
+                self.used += 1
+                raise SystemExit(seed)
+            return f"Task {seed + 1000 * self.used}"
+
+    found = list(itertools.islice(tasks_of(Slow, evaluation=False), 5))
+    assert all(seed % 3 == 0 and task == f"Task {seed}" for seed, task in found)
+
+
+def hang(self, *_):
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("reset, last", [
+    (hang, r"EnvError: Bad\.reset\(19\) took longer than 0.02 s"),
+    (lambda self, seed: [].pop(), "IndexError: pop from empty list"),
+    (lambda self, seed: None, r"EnvError: Bad\.reset\(seed\) must return the task as text; it gave None"),
+])
+def test_a_reset_that_always_fails_ends_the_search_with_one_line(reset, last, monkeypatch):
+    """Each failure costs one instance: a call that hangs may go on changing its own."""
+    monkeypatch.setattr(env, "CALL_SECONDS", 0.02 if reset is hang else 10.0)
+    instances = []
+
+    def factory():
+        instances.append(type("Bad", (Fine,), {"reset": reset})())
+        return instances[-1]
+
+    said = rf"^Bad\.reset\(seed\) raised 20 times in a row, at last {last}$"
+    with pytest.raises(EnvError, match=said):
+        next(seeds(factory, evaluation=False))
+    assert len(instances) == 20
+
+
+def test_a_task_with_half_a_character_is_on_one_side_of_the_split():
+    """A text that no file can hold: its hash raised."""
+    assert held_out("\ud800") in (False, True) and task_hash("\ud800") == task_hash("?")
 
 
 def test_make_env_reads_difficulty():
@@ -190,6 +254,11 @@ def test_a_file_takes_no_other_modules_place(tmp_path):
     assert sys.modules["random"].Random is Random
     said = [set().union(*(demonstrator(f)(e, Random(n)) for n in range(9) if e.reset(1))) for f in (one, two) for e in [f()]]
     assert "no" in said[0] and "other" in said[1] and "no" not in said[1]
+
+
+def test_a_class_is_found_by_any_name_it_has_in_its_file(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE + "\n\nOther = Echo\n")
+    assert make_env(f"{tmp_path}/mine.py:Other:size=2")().reset(4) == "Say 44"
 
 
 @pytest.mark.parametrize("code, message", [
@@ -322,10 +391,6 @@ def test_check_env_names_the_method_and_what_it_gave(way):
     assert message in str(error.value) and "Mine." in str(error.value) and "\n" not in str(error.value)
 
 
-def hang(self, *_):
-    threading.Event().wait()
-
-
 def look(self) -> str:
     """Look."""
     threading.Event().wait()
@@ -337,8 +402,8 @@ def look(self) -> str:
     ({"behaviour": property(hang)}, "behaviour")])
 def test_check_env_names_what_hangs(members, what, monkeypatch):
     """A tool waited for a server that was not there: the run printed nothing, and did not begin."""
-    monkeypatch.setattr(env, "CHECK_SECONDS", 0.5)
-    with pytest.raises(EnvError, match=re.escape(f"Mine.{what} took longer than 0.5 s")):
+    monkeypatch.setattr(env, "CALL_SECONDS", 0.2)
+    with pytest.raises(EnvError, match=re.escape(f"Mine.{what} took longer than 0.2 s")):
         check_env(type("Mine", (Fine,), members))
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import linear_logps, linear_policy_loss, policy_loss
+from kernels import linear_logps, linear_policy_loss, plain_linear_loss, policy_loss
 
 N, D, V = 13, 6, 19
 NAN = float("nan")
@@ -117,6 +117,16 @@ def test_contract_12_fused_equals_plain(name, chunk):
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-13)
     for got, expected in zip(gradients(loss, args), gradients(want, args), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_contract_12_fused_equals_the_plain_version_of_the_file(name):
+    """`plain_linear_loss`, which the reader meets first, is the same function (where no row is masked)."""
+    (*inputs, weights), rows = batch()
+    args, options = (*inputs, weights + 0.1), rows | OPTIONS[name]
+    plain, (fused, _) = plain_linear_loss(*args, **options), linear_policy_loss(*args, **options, chunk=5)
+    torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(gradients(fused, args), gradients(plain, args), rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (2, 1, 257), (40, 33, 5), (5, 4, 300)])
@@ -361,15 +371,15 @@ def test_extremes_are_finite(logits, dtype):
 
 
 def test_a_sure_policy_keeps_its_digits():
-    """In float32, with p of the target about 1 - 2e-4 and logits around 1,000: log-prob, entropy and gradient to six digits.
+    """In float32, with p of the target about 1 - 1e-4 and logits around 1,000: log-prob, entropy and gradient to six digits.
 
-    logit / temperature - largest lost most digits of the log-prob, and log(1 + others) those of the entropy.
+    1 - p, log(total) and logit / temperature - largest each lost most digits when computed as a difference.
     """
+    logits = [[1010.0, 1000.0, 999.0, 1001.5]]
     found = []
     for dtype in (torch.float32, torch.float64):
-        hidden = torch.tensor([[1010.0, 1000.0, 999.0, 1001.5]], dtype=dtype, requires_grad=True)
-        head, one = torch.eye(4, dtype=dtype), torch.ones(1)
-        loss, stats = linear_policy_loss(hidden, head, torch.tensor([0]), one, one, temperature=1.1)
+        hidden, head = torch.tensor(logits, dtype=dtype, requires_grad=True), torch.eye(4, dtype=dtype)
+        loss, stats = linear_policy_loss(hidden, head, torch.tensor([0]), torch.ones(1), torch.ones(1), temperature=1.1)
         loss.backward()
         found.append([stats.logps.double(), stats.entropy.double(), hidden.grad.double()])
     torch.testing.assert_close(found[0], found[1], rtol=2e-6, atol=0)

@@ -144,7 +144,7 @@ def test_the_evidence_counts_each_task_once(finished, monkeypatch, capsys):
     assert evidence.cell([seed, seed, seed]).startswith(evidence.cell([seed])), "three times the same says no more"
     monkeypatch.chdir(finished[0])
     monkeypatch.setattr(sys, "argv", ["evidence.py", "runs/whole"])
-    monkeypatch.setattr(train, "imitate", lambda *_, keep, seconds: None)  # it takes minutes
+    monkeypatch.setattr(train, "imitate", lambda *_: None)  # it takes minutes
     evidence.main()
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.startswith("| calculator | ") and row.count("%") == 6 and row.endswith(" | not run | 100.0% [51.0, 100.0] |")
@@ -158,16 +158,16 @@ def test_the_warm_start_s_optimizer_moves_every_weight_once():
     """Muon has the layers' matrices, AdamW the rest, and each weight is in exactly one; a given model is AdamW's alone."""
     model = small_model(32)
     optimizer = train.Imitator(model, train.resolve(train.Config()))
-    owned = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    owned = [*optimizer.averages, *optimizer.adam.param_groups[0]["params"]]
     assert len({id(p) for p in owned}) == len(owned) == len(list(model.parameters()))
-    assert {p.ndim for group in optimizer.parts[1].param_groups for p in group["params"]} == {2}
+    assert {p.ndim for p in optimizer.averages} == {2}
 
     before = [p.clone() for p in model.parameters()]
     model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     optimizer.set_lr(20)
     optimizer.step()
     assert all((a != b).any() for a, b in zip(before, model.parameters()))
-    assert len(train.Imitator(model, train.resolve(train.Config(model="some/model"))).parts) == 1
+    assert not train.Imitator(model, train.resolve(train.Config(model="some/model"))).averages
 
 
 def test_the_warm_start_s_learning_rate_rises_for_twenty_steps_and_falls_to_a_tenth():
@@ -175,7 +175,8 @@ def test_the_warm_start_s_learning_rate_rises_for_twenty_steps_and_falls_to_a_te
     optimizer, rates = train.Imitator(small_model(32), config), []
     for step in (1, 20, 200):
         optimizer.set_lr(step)
-        rates.append([group["lr"] / config.warmup_lr for part in optimizer.parts for group in part.param_groups])
+        both = optimizer.lr, optimizer.adam.param_groups[0]["lr"]
+        rates.append([lr / config.warmup_lr for lr in both])
     assert rates == [pytest.approx([share, share]) for share in (0.05 * 0.9955, 0.91, 0.1)]
 
 
@@ -202,17 +203,16 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path):
 BAD = [
     (["--env", "chess"], "unknown environment 'chess': choose from calculator, lookup"),
     (["--env", "calculator:digit=2"], "NAME one of digits"),
-    (["--env", "calculator", "maze", "calculator"], "--env names calculator twice"),
     (["--env", "missing.py:Mine"], "no file missing.py"),
     (["--model", "not/a/folder"], "no causal language model at 'not/a/folder'"),
     (["--resume", "runs/none"], "no run at 'runs/none'"),
     (["--eval-only", "runs/none"], "no run at 'runs/none'"),
     (["--env", "calculator", "--context", "100"], "do not fit --context 100"),
     (["--kind", "magic"], "invalid choice: 'magic'"),
-    (["--eval-tasks", "0"], "--eval-tasks 0: want at least 1"),
-    (["--save-every", "0"], "--save-every 0: want at least 1"),
-    (["--lr", "nan"], "--lr nan: want a finite number"),
-    (["--temperature", "0"], "--temperature 0.0: want more than 0"),
+    (["--eval-tasks", "0"], "--eval-tasks 0: want a number of at least 1"),
+    (["--save-every", "0"], "--save-every 0: want a number of at least 1"),
+    (["--lr", "nan"], "--lr nan: want a number of at least 0"),
+    (["--temperature", "0"], "--temperature 0.0: want a number of at least 0.01"),
     (["--env", "calculator", "--max-new-tokens", "6"], "calculator: its demonstrator fails: a message of 18 tokens is longer than"),
 ]
 
@@ -235,6 +235,56 @@ def test_no_number_may_be_negative_or_nan(option):
             train.check_options(train.Config(**{option.name: value}))
 
 
+LATE = '''
+class Late:
+    """Its demonstrator writes long messages, but only for tasks of the warm start."""
+
+    state = ""
+
+    def reset(self, seed: int) -> str:
+        self.seed, self.done = seed, False
+        return f"Number {seed}."
+
+    def say(self, word: str) -> str:
+        """Say a word.
+
+        Args:
+            word: The word
+        """
+        self.done = True
+        return "Thank you."
+
+    def get_reward(self) -> float:
+        return float(self.done)
+
+
+def demonstrate_late(env, random):
+    yield "word " * (40 if env.seed < 10**9 else 80)
+    while True:
+        yield '<tool_call>{"name": "say", "arguments": {"word": "yes"}}</tool_call>'
+'''
+
+
+def test_a_message_of_a_demonstrator_that_is_too_long_gives_one_line(tmp_path, here):
+    """Wherever it is. Only the first ten tasks were tried: the run ended with a traceback."""
+    (tmp_path / "late.py").write_text(LATE)
+    code, _, errors = here(tmp_path, *SMALL, "--env", "late.py:Late", "--context", "600")
+    assert code == 2 and "Traceback" not in errors
+    assert "train.py: late.py:Late: its demonstrator fails: a message of " in errors
+
+
+def test_without_a_warm_start_no_demonstrator_is_asked(tmp_path, here):
+    (tmp_path / "late.py").write_text(LATE)
+    words = ["--env", "late.py:Late", "--context", "600", "--warmup-steps", "0"]
+    code, out, errors = here(tmp_path, *SMALL, *words, "--max-new-tokens", "8")
+    assert code == 0 and "no demonstrations: no warm start" in out, errors
+
+
+def test_an_environment_that_is_named_twice_counts_once():
+    config = train.resolve(train.Config(env=["maze", "calculator", "maze"]))
+    assert config.env == ["maze", "calculator"]
+
+
 # ---- options that depend on the model ----
 
 
@@ -255,12 +305,15 @@ def test_a_run_says_and_keeps_the_options_it_resolved(finished):
 
 
 def test_a_tool_gets_the_seconds_it_is_given():
-    llm, seen = SimpleNamespace(forget=lambda: None, expect=lambda task: None, slots=1), []
+    """In demonstrations, too: there it was the default."""
+    engine, seen = SimpleNamespace(forget=lambda: None, expect=lambda task: None, slots=1), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Agent", lambda *_, **options: seen.append(options) or FakeAgent())
         config = train.resolve(train.Config(env=["calculator"], tool_timeout=0.5))
-        train.roll_out(llm, None, {"calculator": dict}, config, [("calculator", 0)], 1, size=1)
-    assert seen[0]["tool_timeout"] == 0.5
+        setup = train.Setup(config, train.make_envs(config), chat=None, engine=engine)
+        train.roll_out(setup, [("calculator", 0)], step=1, size=1, temperature=1.0)
+        train.demonstrations(setup, {"calculator": 1}, start=0)
+    assert [options["tool_timeout"] for options in seen] == [0.5, 0.5]
 
 
 class FakeAgent:
@@ -309,12 +362,13 @@ def test_of_two_runs_that_start_together_each_gets_its_own_folder(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     Path("runs/0").mkdir(parents=True)
     Path("runs/0/run.json").touch()
-    monkeypatch.setattr(Path, "glob", lambda *_: iter([]))  # neither sees the other when it looks for a free number
-    (first, _), (second, _) = train.make_run(train.Config(seed=1)), train.make_run(train.Config(seed=2))
+    first, second = train.make_run(train.Config(seed=1)), train.make_run(train.Config(seed=2))
     assert [str(first), str(second)] == ["runs/1", "runs/2"] and Path("runs/0/run.json").read_text() == ""
     assert [json.loads((run / "run.json").read_text())["config"]["seed"] for run in (first, second)] == [1, 2]
     train.make_run(train.Config(name="mine"))
-    with pytest.raises(train.UserError, match="runs/mine exists: choose another --name, or --resume runs/mine"):
+    with pytest.raises(train.UserError, match="runs/mine exists: choose another --name, or "):
+        train.check_options(train.Config(name="mine"))
+    with pytest.raises(train.UserError, match="cannot write runs/mine: "):  # if it appears only now
         train.make_run(train.Config(name="mine"))
     assert sorted(os.listdir("runs")) == ["0", "1", "2", "mine"]
 

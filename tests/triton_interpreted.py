@@ -130,7 +130,7 @@ def test_contract_12_16_bits_as_on_a_gpu(mixed_products, name, dtype):
 
 
 def test_triton_a_sure_policy_keeps_its_digits():
-    """p of the target about 1 - 2e-4, logits around 1,000: log-prob, entropy and gradient to six digits."""
+    """p of the target about 1 - 1e-4, logits around 1,000: log-prob, entropy and gradient to six digits."""
     states, head = torch.tensor([[1010.0, 1000.0, 999.0, 1001.5]], requires_grad=True), torch.eye(4)
     args = (states, head.requires_grad_(), torch.tensor([0]), torch.ones(1), torch.ones(1))
     _, dx, _, logps, entropy, _, _ = both(args, temperature=1.1)
