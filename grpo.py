@@ -4,27 +4,31 @@ The policy is the language model. An episode is a sequence of tokens that it sam
 that it read, and one reward at the end. Reinforcement learning makes the sampled tokens of good
 episodes likelier, and those of bad ones less likely:
 
-    gradient ~ sum over episodes and their sampled tokens of  advantage * grad log p(token)
+    gradient = mean over episodes of  sum over sampled tokens of  advantage * grad log p(token)
 
-How good is good? GRPO plays the same task several times: a group. The advantage of an episode is
-its reward minus the mean reward of its group (`advantages`). No second network is needed.
+Good compared with what? GRPO (group relative policy optimization) plays the same task several
+times: a group. The advantage of an episode is its reward minus the mean reward of its group. No
+second network is needed.
 
-    episodes -> `make_rows`    tokens to train, with an advantage each
-    rows     -> `plain_loss`   PPO's clipped loss: a token that has moved far enough gains no more
-    loss     -> `plain_update` gradient, optimizer step; the same batch again for some epochs
+    episodes -> `advantages`    one number for each episode
+             -> `make_rows`     the tokens to train, with an advantage each (below the first ruler)
+    rows     -> `plain_loss`    PPO's clipped loss: no gradient for a token whose ratio has left the
+                                clip range in the direction of its advantage
+    loss     -> `plain_update`  gradient, optimizer step; the same batch again for some epochs
 
-That is all of GRPO, and all that stands above the first ruler. Below it follow the options, then
-the rows of real episodes, then `update`. It computes the same faster and in less memory: tokens
-that rows have in common are computed once, and kernels.py never holds all logits.
+Read down to the first ruler for the algorithm. Two things used there are defined below it:
+`GRPOConfig` (the options) and `token_weights` (by default, 1 / number of trained tokens in the
+batch). Below the last ruler, `update` does the same faster and in less memory: a prefix that
+several rows share is computed once, and kernels.py never holds all logits.
 
-Unlike the first GRPO paper: the advantage is not divided by the group's standard deviation, every
-token of a batch weighs the same, clipping is wider upwards, and there is no KL term. Many recent
-recipes do so (DAPO, Dr. GRPO); each is an option of `GRPOConfig`. Imitation is the same update with
-advantage 1 and `kind="reinforce"`.
+Unlike in the first GRPO paper, the advantage is not divided by the group's standard deviation,
+every token of a batch weighs the same, clipping is wider upwards, and there is no KL term. Many
+recent recipes make the same choices (DAPO, Dr. GRPO); each is an option of `GRPOConfig`. Imitation
+is the same update with advantage 1 and `kind="reinforce"`.
 
-Left out: a replay buffer, a critic, LoRA. Takes episodes from rollout.py (any objects with
-`segments`, `reward`, `group`, `finish`, `states`, `turns`), and changes a model's weights.
-`python grpo.py` learns a small bandit. To use this file elsewhere, copy it with kernels.py.
+Left out: a replay buffer, a critic, LoRA. The episodes come from rollout.py, but any objects with
+`segments`, `reward`, `group`, `finish`, `states` and `turns` will do. `python grpo.py` learns a
+small bandit. To use this file elsewhere, copy it with kernels.py.
 """
 
 from __future__ import annotations
@@ -51,11 +55,14 @@ if TYPE_CHECKING:
 
 def advantages(rewards: Sequence[float], groups: Sequence, divide_by_std: bool = False,
                leave_one_out: bool = False) -> list[float]:
-    """The advantage of each episode: its reward minus the mean of its group.
+    """The advantage of each episode: its reward minus the mean reward of its group.
 
-    DeepSeekMath (arXiv 2402.03300); leave_one_out: RLOO (2402.14740). A group of one gives 0, and
-    so does a group of equal rewards. Adam takes a full step along any gradient, however small. So
-    differences that are only rounding must not count, and the deviation has a floor.
+    The mean includes the episode itself, as in GRPO (DeepSeekMath, arXiv 2402.03300). With
+    `leave_one_out` it does not (RLOO, 2402.14740). With `divide_by_std` the result is divided by
+    the group's standard deviation, but by no less than 0.001.
+
+    A group of one, or of equal rewards, gives 0. Rewards that differ by less than 1e-6 count as
+    equal: the difference is rounding, and Adam could make steps of normal size even from that.
 
     >>> advantages([1.0, 0.0, 0.0, 1.0, 1.0], [0, 0, 0, 0, 7])
     [0.5, -0.5, -0.5, 0.5, 0.0]
@@ -64,40 +71,41 @@ def advantages(rewards: Sequence[float], groups: Sequence, divide_by_std: bool =
     for i, group in enumerate(groups):
         members[group].append(i)
     rewards, out = np.array(rewards, dtype=np.float64), np.zeros(len(rewards))
-    for group in members.values():
-        reward = rewards[group]
+    for indices in members.values():
+        reward = rewards[indices]  # [G]
         if reward.max() - reward.min() < 1e-6:
-            continue
+            continue  # it stays 0
         advantage = reward - reward.mean()
         if leave_one_out:  # R - mean of the others = (R - mean of all) * G / (G - 1)
             advantage *= len(reward) / (len(reward) - 1)
         if divide_by_std:
             advantage /= max(reward.std(), 1e-3)
-        out[group] = advantage
+        out[indices] = advantage
     return out.tolist()
 
 
 @dataclass
 class Row:
-    """One segment of an episode, as the update sees it."""
+    """One segment of an episode: what filled the context window once (see agent.Segment)."""
 
     ids: list[int]
     trained: list[int]  # positions of the tokens to train, ascending, never 0
     advantages: list[float]  # one for each of these
-    logps: list[float]  # the log-prob each was sampled with
+    behavior_logps: list[float]  # the log-prob each had when it was sampled in the rollout
     episode: int  # the number of its episode
 
     @property
     def inputs(self) -> list[int]:
-        """What the model reads. The last trained token predicts nothing that is trained."""
+        """What the model reads: all before the last trained token. The rest predicts nothing."""
         return self.ids[: self.trained[-1]]
 
 
 def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: float = 1.0):
-    """PPO's clipped loss of all rows, in the plainest way. `update` computes the same, but faster.
+    """PPO's clipped loss of all rows, as plainly as possible. `pack_loss` is the fast version.
 
     Rows are padded to one length, and every token gets logits for the whole vocabulary. The ratio
-    is to the policy that sampled. Without KL, entropy, and the other options of the loss.
+    compares the model with the log-probs recorded in the rollout. Only `kind="clip"`: the KL term,
+    the entropy bonus and the other options of the loss are in `kernels.policy_loss`.
     """
     length = max(len(row.ids) for row in rows)
     padded = [row.ids + [0] * (length - len(row.ids)) for row in rows]
@@ -108,16 +116,17 @@ def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: floa
     log_probs = logits.log_softmax(-1)  # [R, T, V]
 
     loss = 0.0
-    for number, (row, weight) in enumerate(zip(rows, token_weights(rows, config))):
-        position = torch.tensor(row.trained)  # [N]
-        token = ids[number, position]  # [N]
-        logps = log_probs[number, position - 1, token]  # [N], the token before it predicts it
+    for i, (row, weight) in enumerate(zip(rows, token_weights(rows, config))):
+        positions = torch.tensor(row.trained)  # [N]
+        tokens = ids[i, positions]  # [N]
+        logps = log_probs[i, positions - 1, tokens]  # [N], the token before predicts each
 
-        values = torch.tensor([row.logps, row.advantages], dtype=torch.float64)  # [2, N]
-        old_logps, advantage = values.to(logps)
+        # Through float64, which holds Python's numbers exactly.
+        old_logps = torch.tensor(row.behavior_logps, dtype=torch.float64).to(logps)  # [N]
+        advantage = torch.tensor(row.advantages, dtype=torch.float64).to(logps)  # [N]
         ratio = (logps - old_logps).exp()
         clipped = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
-        # The smaller of the two: a step that goes too far gains nothing more.
+        # The smaller of the two: a ratio that has moved too far gains nothing more.
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         loss = loss - weight * gain.sum()
     return loss
@@ -125,11 +134,15 @@ def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: floa
 
 def plain_update(model, optimizer, rows: Sequence[Row], config: GRPOConfig,
                  temperature: float = 1.0) -> None:
-    """Improve the model on a batch of rows, once per epoch.
+    """Train the model on a batch of rows for some epochs, with one optimizer step in each.
 
-    In the first epoch every ratio is 1: the model is still the one that sampled. Later epochs use
-    the same samples again, and clipping keeps the model near the one that sampled them.
+    In the first epoch every ratio is 1 (up to rounding): the model is still the one that sampled.
+    But the gradient of a ratio of 1 is grad log p, so this is the policy gradient. Later epochs use
+    the same samples again. There, a token that has left the clip range in the direction of its
+    advantage gets no gradient, so nothing pushes it further.
     """
+    if not rows:  # no group had both better and worse episodes
+        return
     for _ in range(config.epochs):
         optimizer.zero_grad()
         loss = plain_loss(model, rows, config, temperature)
@@ -150,12 +163,13 @@ def option(default, text: str):
 
 @dataclass
 class GRPOConfig:
-    """The options of the update, in the order in which they take effect."""
+    """The options: first those of the advantages, then of the loss, then of the optimizer."""
 
     divide_by_std: bool = option(False, "divide advantages by their group's deviation (GRPO)")
     leave_one_out: bool = option(False, "baseline: the mean of the other attempts only (RLOO)")
     negative_weight: float = option(1.0, "factor of advantages below 0")
-    turn_credit: float = option(0.0, "weight of turn-level credit among equal states (GiGPO)")
+    turn_credit: float = option(0.0, "weight of a second advantage, which compares turns that "
+                                     "begin in the same state (GiGPO)")
     normaliser: Literal["token", "episode", "constant"] = option(
         "token", "token: all tokens weigh the same (DAPO); episode: all episodes (GRPO); "
         "constant: normaliser_tokens for each episode (Dr. GRPO)")
@@ -164,87 +178,97 @@ class GRPOConfig:
     sequence_ratio: bool = option(False, "one ratio for all of an episode's tokens (GSPO)")
     eps_low: float = option(0.2, "ratios below 1 - eps_low are clipped")
     eps_high: float = option(0.28, "ratios above 1 + eps_high are clipped")
-    dual_clip: float | None = option(None, "for advantages below 0: no gradient above this ratio")
-    tis_cap: float | None = option(None, "caps p_old / p_sampler: the engine may round otherwise")
+    dual_clip: float | None = option(
+        None, "where the advantage is below 0: no gradient if the ratio is above this")
+    tis_cap: float | None = option(
+        None, "weigh tokens by min(p_old / p_rollout, this), which corrects for other rounding "
+        "during rollouts (truncated importance sampling)")
     kl_coef: float = option(0.0, "weight of the KL term to the model before RL")
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
-    epochs: int = option(3, "updates per batch of episodes")
+    epochs: int = option(3, "optimizer steps per batch of episodes")
     pack_tokens: int = option(512, "tokens in one pass; choose more on a GPU")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
 
 
 def turn_advantages(episodes: Sequence[Episode], **options) -> list[list[float]]:
-    """The advantage of each turn: the episode's reward, minus the mean over its state's visitors.
+    """The advantage of each turn: the reward of its episode, minus the mean reward of all episodes
+    of the group that were in the state in which the turn began.
 
-    GiGPO (arXiv 2505.10978): turns are compared with turns in the same state of the same task. A
-    state that an episode visits twice counts once, so the baseline is over episodes. `options`:
-    those of `advantages`.
+    From GiGPO (arXiv 2505.10978). An episode that was in a state twice counts once in this mean.
+    `options`: those of `advantages`.
 
     >>> from types import SimpleNamespace as E
     >>> first = E(group=0, reward=1.0, states=["start", "door"])
     >>> turn_advantages([first, E(group=0, reward=0.0, states=["start"])])
     [[0.5, 0.0], [-0.5]]
     """
-    visits = {}
+    group_of = {}  # of each (episode, state)
     for i, episode in enumerate(episodes):
         for state in episode.states:
-            visits[i, state] = (episode.group, state)
-    rewards = [episodes[i].reward for i, _ in visits]
-    values = advantages(rewards, list(visits.values()), **options)
-    of_visit = dict(zip(visits, values))
-    return [[of_visit[i, state] for state in episode.states] for i, episode in enumerate(episodes)]
+            group_of[i, state] = (episode.group, state)
+    rewards = [episodes[i].reward for i, _ in group_of]
+    values = dict(zip(group_of, advantages(rewards, list(group_of.values()), **options)))
+    return [[values[i, state] for state in episode.states] for i, episode in enumerate(episodes)]
 
 
 def make_rows(episodes: Sequence[Episode],
               config: GRPOConfig) -> tuple[list[Row], list[float], dict[str, float]]:
-    """Rows to train, the advantage of every episode, and the share of groups without signal.
+    """Returns (rows to train, the advantage of each episode, {"no_signal": share of groups}).
 
-    An episode whose environment failed leaves its group, and so does one without a finite reward.
-    Without KL and entropy, episodes of advantage 0 have no rows. With them every sampled token has
-    signal: otherwise both terms would fade as more and more groups succeed.
+    An episode that ended with an error of its environment is ignored, also in the mean of its
+    group. So is one whose reward is not finite. A group whose advantages are all 0 has no signal.
+    Tokens of advantage 0 are not trained, unless there is a KL or entropy term: these two are for
+    every sampled token.
     """
-    everywhere = bool(config.kl_coef or config.entropy_coef)
+    train_all = bool(config.kl_coef or config.entropy_coef)
     options = {"divide_by_std": config.divide_by_std, "leave_one_out": config.leave_one_out}
-    sound = [i for i, e in enumerate(episodes) if e.finish != "error" and math.isfinite(e.reward)]
-    played = [episodes[i] for i in sound]
+    usable = [i for i, e in enumerate(episodes) if e.finish != "error" and math.isfinite(e.reward)]
+    played = [episodes[i] for i in usable]
     values = advantages([e.reward for e in played], [e.group for e in played], **options)
     credits = [[0.0] * e.turns for e in played]
     if config.turn_credit:
         credits = turn_advantages(played, **options)
     rows = []
-    for number, value, of_turns in zip(sound, values, credits):
-        of_turns = [value + config.turn_credit * credit for credit in of_turns]
-        of_turns = [a if a > 0 else config.negative_weight * a for a in of_turns]
-        rows += episode_rows(episodes[number], number, of_turns, everywhere)
-    of_episode = dict(zip(sound, values))
+    for number, value, of_turns in zip(usable, values, credits):
+        per_turn = []
+        for credit in of_turns:
+            advantage = value + config.turn_credit * credit
+            per_turn.append(advantage if advantage > 0 else config.negative_weight * advantage)
+        rows += episode_rows(episodes[number], number, per_turn, train_all)
+    of_episode = dict(zip(usable, values))
     groups = {e.group for e in episodes}
     signal = {e.group for e, value in zip(played, values) if value}
     no_signal = 1 - len(signal) / len(groups) if groups else 1.0
     return rows, [of_episode.get(i, 0.0) for i in range(len(episodes))], {"no_signal": no_signal}
 
 
-def episode_rows(episode: Episode, number: int, of_turns: Sequence[float],
-                 everywhere: bool = False) -> list[Row]:
-    """One row for each segment with a token to train. `of_turns`: the advantage of each turn.
+def episode_rows(episode: Episode, number: int, per_turn: Sequence[float],
+                 train_all: bool = False) -> list[Row]:
+    """One row for each segment that has a token to train.
 
-    Tokens to train are the sampled ones whose advantage is not 0; with `everywhere`, all sampled.
+    `per_turn`: the advantage of each turn. It holds for all tokens that were sampled in the turn.
+    Those of advantage 0 are not trained, unless `train_all`.
     """
     rows = []
     for segment in episode.segments:
         sampled = [p for p, is_sampled in enumerate(segment.sampled) if is_sampled]
-        trained = [p for p in sampled if everywhere or of_turns[segment.turn[p]]]
+        trained = [p for p in sampled if train_all or per_turn[segment.turn[p]] != 0]
         if trained:
-            advantage = [of_turns[segment.turn[p]] for p in trained]
+            advantage = [per_turn[segment.turn[p]] for p in trained]
             logps = [segment.logps[p] for p in trained]
             rows.append(Row(segment.ids, trained, advantage, logps, number))
     return rows
 
 
 def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[float]:
-    """For each row, the weight of its tokens in the loss: one over a count of tokens.
+    """For each row, the weight of each of its trained tokens in the loss.
 
-    It is the count of the whole batch, which does not depend on how the batch is cut into packs.
-    Only trained tokens count: a group of equal rewards must not dilute the others.
+    token     1 / (trained tokens in the batch)                            all tokens weigh the same
+    episode   1 / (trained tokens of its episode * episodes in the batch)  all episodes do
+    constant  1 / (normaliser_tokens * episodes in the batch)
+
+    The batch is the whole one, even if it is computed in several passes. Episodes without a trained
+    token do not count: a group of equal rewards must not dilute the others.
 
     >>> rows = [Row([1, 2, 3], [1, 2], [], [], episode=0), Row([1, 2], [1], [], [], episode=1)]
     >>> [round(weight, 2) for weight in token_weights(rows, GRPOConfig(normaliser="token"))]
@@ -266,16 +290,17 @@ def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[float]:
 # The fast version: the same gradient, with shared prefixes computed once. A test compares the two.
 # ==================================================================================================
 
-LARGEST = 3
+MAX_TREE_TO_ROW = 3  # how many times the tokens of its longest row a large tree may have
 
 
 class Tree:
     """A prefix tree of rows: rows that begin with the same tokens share the nodes of these.
 
-    Rows are added in sorted order. So nodes are numbered depth first, and the nodes below a node
-    come right behind it. `ends` says where they end: node i lies below node j, or is j, if
-    j <= i < ends[j]. This is all that attention needs to know. Rows that share nothing can be in
-    one tree: they do not see one another.
+    Each row goes down the path of the row before it as far as both are equal, and then adds nodes
+    of its own. So nodes are numbered depth first, and the nodes below a node come right behind it.
+    `ends` says where they end: node i lies below node j, or is j, if j <= i < ends[j]. This is all
+    that attention needs to know. Rows that share nothing may be in one tree, too (it is a forest
+    then): they do not see one another.
 
     >>> tree = Tree()
     >>> for ids in ([5, 6, 7, 1], [5, 6, 8, 9, 1]):
@@ -303,21 +328,22 @@ class Tree:
         self.rows.append((row, weight, self.path))
 
     def shared(self, row: Row) -> int:
-        """How many nodes a row can use again. In sorted order, the last row shares most with it."""
+        """How many nodes of the last row this row can use, too. Sorted rows share the most."""
         for depth, (node, token) in enumerate(zip(self.path, row.inputs)):
             if self.ids[node] != token:
                 return depth
         return min(len(self.path), len(row.inputs))
 
     def has_room(self, row: Row, pack_tokens: int) -> bool:
-        """Up to `pack_tokens` for any row, and beyond that for one that shares half of its tokens.
+        """May this row be added to the tree?
 
-        Even then it has at most LARGEST times the tokens of its longest row: attention compares all
-        tokens of a tree.
+        Yes, if the tree then has at most `pack_tokens` nodes. Also beyond that, if at least half of
+        the row is in the tree already. But attention costs the square of the nodes. So then the
+        tree has at most MAX_TREE_TO_ROW times the tokens of its longest row.
         """
         length, shared = len(row.inputs), self.shared(row)
         size = len(self.ids) + length - shared
-        largest = LARGEST * max(length, max(self.positions) + 1)
+        largest = MAX_TREE_TO_ROW * max(length, max(self.positions) + 1)
         return size <= pack_tokens or (2 * shared >= length and size <= largest)
 
 
@@ -333,9 +359,10 @@ class Pack:
     episodes: torch.Tensor  # [N], which episode it is of
     advantages: torch.Tensor  # [N] in float64, as the next two. The loss rounds to its precision
     weights: torch.Tensor  # [N]
-    behavior_logps: torch.Tensor  # [N], from the engine that sampled
-    old_logps: torch.Tensor | None = None  # [N], those of the first epoch. None during it
-    ref_logps: torch.Tensor | None = None  # [N]
+    behavior_logps: torch.Tensor  # [N], recorded in the rollout
+    # [N], below the line of the ratio: computed in the first epoch. None: the ratio is 1
+    old_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None  # [N], of the reference model, for the KL term
 
 
 def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | str = "cpu",
@@ -371,7 +398,8 @@ def make_trees(rows: Sequence[Row], config: GRPOConfig) -> list[Tree]:
 def make_pack(tree: Tree, device: torch.device | str) -> Pack:
     indices, values = [], []
     for row, weight, nodes in tree.rows:
-        for position, advantage, logp in zip(row.trained, row.advantages, row.logps, strict=True):
+        for position, advantage, logp in zip(row.trained, row.advantages, row.behavior_logps,
+                                             strict=True):
             indices.append((nodes[position - 1], row.ids[position], row.episode))
             values.append((advantage, weight, logp))
     source, targets, episodes = torch.tensor(indices, device=device).T.contiguous()  # [3, N]
@@ -392,15 +420,16 @@ def hidden_states(model, pack: Pack) -> torch.Tensor:
 
 
 def attention_mask(pack: Pack, dtype: torch.dtype) -> torch.Tensor:
-    """[1, 1, T, T]: 0 where a token attends to another, else -inf. All layers share it.
+    """[1, 1, T, T]: 0 where the row's token (query) sees the column's (key), else -inf.
 
-    From a boolean mask, attention would make such a mask in each layer and keep it for the
-    backward pass.
+    One mask of floats for all layers. From one of booleans, each layer would make its own floats
+    and keep them for the backward pass.
     """
     key = torch.arange(len(pack.ends), device=pack.ends.device)  # [T]
     query = key[:, None]  # [T, 1]
-    attends = (key <= query) & (query < pack.ends)  # [T, T]
-    # A GPU wants lines that begin at multiples of 8 numbers, or copies the mask in each layer.
+    # A node sees itself and the nodes on the way to it from the root: see Tree.
+    attends = (key <= query) & (query < pack.ends[None, :])  # [T, T]
+    # Attention on a GPU wants rows that begin at multiples of 8 numbers. Else it copies the mask.
     aligned = math.ceil(len(key) / 8) * 8
     mask = torch.full((1, 1, len(key), aligned), -math.inf, dtype=dtype, device=key.device)
     return mask[..., : len(key)].masked_fill_(attends, 0.0)
@@ -430,10 +459,11 @@ def pack_logps(model, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
 def add_gradients(model, packs: list[Pack], config: GRPOConfig, temperature: float = 1.0) -> list:
     """Add the gradients of all packs to the model's. Returns (loss, Stats) of each pack.
 
-    A large model computes one pack after the other, and its operations share the cores. The
-    operations of a small model are too short for that. With one thread for each
-    (`torch.set_num_threads(1)`), whole packs are computed side by side instead. They are added up
-    in the order of the packs, so the bits are the same on any number of cores.
+    Normally packs run one after the other, and torch splits each operation among the cores. The
+    operations of a small model are too short to be split. So if the caller has set
+    `torch.set_num_threads(1)`, a CPU computes several packs at the same time, one on each core.
+    Their gradients are added in the order of the packs: the bits are the same on any number of
+    cores.
     """
     results = []
     if torch.get_num_threads() > 1 or model.device.type != "cpu":
@@ -468,13 +498,15 @@ def pack_gradient(model, pack: Pack, config: GRPOConfig, temperature: float):
 
 def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperature: float = 1.0,
            reference=None) -> dict[str, float]:
-    """Improve the model on a batch of rows, once per epoch. Returns a report of the last epoch.
+    """Train the model on a batch of rows for some epochs. Returns a report of the last epoch.
 
-    Ratios are to the policy before the first epoch, whose log-probs are those that this function
-    computes first: the engine may compute in another precision. `reference`: the model of the KL
-    term. A gradient that is not finite is not applied, for it would stay in Adam's averages;
-    `skipped` counts these. `largest_pack`: tokens of the largest pass.
-    Of several processes each is given all rows, and computes its share of the packs.
+    One difference from `plain_update`: the ratio is not to the log-probs recorded in the rollout,
+    but to those that the first epoch computes here. A rollout may compute in another precision, and
+    this way the first ratio is exactly 1.
+
+    `reference`: the model of the KL term. A gradient that is not finite is not applied, because it
+    would stay in Adam's averages; `skipped` counts these epochs. `largest_pack`: tokens of the
+    largest pass. With several processes, all get the same rows, and each computes its own packs.
     """
     if not rows:
         return {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan,
@@ -522,9 +554,10 @@ def _report(packs: list[Pack], results: list) -> dict[str, float]:
 
 
 def compute_in(model, dtype: torch.dtype) -> None:
-    """From now on the model computes in a 16-bit `dtype`, and trains float32 copies of its weights.
+    """After this call the model computes in a 16-bit `dtype`, and trains float32 copies of its
+    weights: its masters.
 
-    These copies are its masters. In bfloat16 the number after 1 is 1.008: small steps of the
+    In bfloat16 the number after 1 is 1.008: small steps of the
     optimizer would be rounded away, and so would sums of gradients. So each pack's gradient is
     added to its master's, the optimizer changes the masters, and the weights follow, rounded.
     The model must be on its device and in float32. A wider `dtype` changes nothing. A deepcopy
@@ -572,8 +605,8 @@ def forget_gradients(model) -> None:
 def recompute_layers(model) -> None:
     """Keep only each layer's input for the backward pass, which computes the rest again.
 
-    Less memory for a third more products. transformers' own checkpointing works only in training
-    mode, which has dropout, too. Raises ValueError for a model without `layers`.
+    Less memory for about a third more computation. transformers' own checkpointing works only in
+    training mode, which has dropout, too. Raises ValueError for a model without `layers`.
     """
     if not hasattr(model.base_model, "layers"):
         raise ValueError(f"{type(model).__name__} has no `layers`: they cannot be computed again")
@@ -609,7 +642,7 @@ def gather(value) -> list:
 def sum_gradients(model) -> None:
     """Give each process the sum of all processes' gradients, once per update.
 
-    Not torch's DDP: it takes the mean, and wants as many backward passes from each process.
+    Not torch's DDP: it takes the mean, and needs the same number of backward passes in all.
     """
     for p in masters(model):
         if p.requires_grad:
@@ -640,9 +673,10 @@ def _together(collective: Callable, *args) -> None:
 
 
 def learn_bandit(improve: Callable, steps: int = 50, attempts: int = 16) -> float:
-    """Each of 8 questions has one right answer among 32. Returns the success at the end.
+    """A bandit: an episode is one token. Each of 8 questions has one right answer among 32.
 
-    `improve`: plain_update or update. A question is one token, and so is an answer.
+    `improve`: plain_update or update. Returns the success of the last batch, sampled before the
+    last update.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -660,8 +694,8 @@ def learn_bandit(improve: Callable, steps: int = 50, attempts: int = 16) -> floa
         rewards = [float(answer == (5 * question + 3) % 32) for question, answer in ids]
         columns = zip(ids, advantages(rewards, questions), policy.log_prob(answers).tolist())
         rows = [Row(text, [1], [advantage], [logp], episode=i)
-                for i, (text, advantage, logp) in enumerate(columns)]
-        improve(model, optimizer, rows, GRPOConfig(epochs=1))
+                for i, (text, advantage, logp) in enumerate(columns) if advantage]
+        improve(model, optimizer, rows, GRPOConfig(epochs=2))  # the second: ratios other than 1
         success = sum(rewards) / len(rewards)
         if step % 10 == 0 or step == 1:
             print(f"  step {step:3}   success {success:4.0%}")

@@ -120,7 +120,7 @@ def loss_by_hand(model, rows, weight_of, term, temperature=1.0):
     total = 0.0
     for r in rows:
         logps = logps_of(model, r.ids, temperature)
-        for p, a, behaviour in zip(r.trained, r.advantages, r.logps):
+        for p, a, behaviour in zip(r.trained, r.advantages, r.behavior_logps):
             total = total + weight_of(r) * term(logps[p - 1], a, behaviour)
     return total
 
@@ -534,7 +534,7 @@ def test_contract_13_update_is_plain_update():
     model, config = exact(), GRPOConfig(epochs=2, max_grad_norm=0.1)
     rows, _, _ = make_rows(batch(4), config)
     for row in rows:
-        row.logps = [logps_of(model, row.ids, 1.0)[p - 1].item() for p in row.trained]
+        row.behavior_logps = [logps_of(model, row.ids, 1.0)[p - 1].item() for p in row.trained]
     models = [model, copy.deepcopy(model)]
     for how, each in zip((grpo.plain_update, update), models):
         how(each, torch.optim.SGD(each.parameters(), lr=0.5), rows, config)
@@ -715,7 +715,7 @@ def test_a_shared_prefix_is_never_computed_twice_because_of_the_limit(pack_token
 
 def test_a_tree_is_bounded_by_its_longest_row():
     """Any number of rows may share a prefix, in whatever way. Attention in a large tree costs more
-    than a second copy of the prefix, so trees stay under LARGEST times the longest row."""
+    than a second copy of the prefix, so trees stay under MAX_TREE_TO_ROW times the longest row."""
     rng, largest = Random(2), 0
     for _ in range(20):
         rows, stems = [], [[]]
@@ -728,7 +728,7 @@ def test_a_tree_is_bounded_by_its_longest_row():
         rows += random_rows(*[2] * 300, prefix=[V] * rng.choice([100, 400]))
         for tree in grpo.make_trees(rows, GRPOConfig(pack_tokens=50)):
             longest = max(tree.positions) + 1
-            assert len(tree.ids) <= max(50, grpo.LARGEST * longest)
+            assert len(tree.ids) <= max(50, grpo.MAX_TREE_TO_ROW * longest)
             if len(tree.ids) > 50:
                 largest = max(largest, len(tree.ids) / longest)
     assert 2.5 < largest <= 3, "else this tests nothing"
@@ -750,7 +750,7 @@ def test_a_tree_exceeds_the_limit_only_if_that_saves_tokens():
 
 def test_rows_that_share_nothing_fill_a_tree_up_to_the_limit():
     """Else a pass would be started for every short row."""
-    rows = [replace(row, trained=[200], advantages=[1.0], logps=[0.0])
+    rows = [replace(row, trained=[200], advantages=[1.0], behavior_logps=[0.0])
             for row in random_rows(*[201] * 6)]
     for pack_tokens, sizes in ((10**6, [1200]), (500, [400] * 3), (399, [200] * 6), (1, [200] * 6)):
         packs = make_packs(rows, GRPOConfig(pack_tokens=pack_tokens))
@@ -780,7 +780,7 @@ def test_second_epoch_gradient_is_the_formula(options):
     with torch.no_grad():
         for r in rows:
             own = logps_of(before, r.ids, 0.7).tolist()
-            r.logps = [own[p - 1] for p in r.trained]
+            r.behavior_logps = [own[p - 1] for p in r.trained]
     for at, grad in seen:
         assert close(grad, gradient(grpo.plain_loss(at, rows, config, 0.7), at), 1e-9)
     assert report["ratio_max"] > 1.01 and report["clipped"] > 0
@@ -823,7 +823,7 @@ def test_cispo_and_reinforce_reach_the_kernel():
     rows, _, _ = make_rows(batch(9), GRPOConfig())
     for r in rows:
         own = logps_of(old, r.ids).tolist()
-        r.logps = [own[p - 1] for p in r.trained]
+        r.behavior_logps = [own[p - 1] for p in r.trained]
     total = sum(len(r.trained) for r in rows)
 
     def cispo(logp, a, then):
@@ -889,7 +889,7 @@ def test_kl_is_to_the_reference_at_the_sampling_temperature():
     rows, _, _ = make_rows(batch(11), config)
     total = sum(len(r.trained) for r in rows)
     for r in rows:
-        r.logps = [logps_of(reference, r.ids, 0.7).tolist()[p - 1] for p in r.trained]
+        r.behavior_logps = [logps_of(reference, r.ids, 0.7).tolist()[p - 1] for p in r.trained]
 
     def term(logp, a, ref):
         return -a * (logp - logp.detach()).exp() + 0.5 * ((ref - logp).exp() - (ref - logp) - 1)
