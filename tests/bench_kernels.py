@@ -33,10 +33,10 @@ LENGTH = 64  # tokens of a sequence: Liger takes one advantage per sequence
 # ---- Right first ----
 
 
-def plain_loss(hidden, weight, targets, advantages, weights, *, temperature=1.0, **options):
+def plain_loss(hidden, head, targets, advantages, weights, *, temperature=1.0, **options):
     """The same loss the usual way: all logits at once, autograd through everything."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    log_p = F.log_softmax(F.linear(hidden, weight) / temperature, dim=-1, dtype=wide)  # [N, V]
+    log_p = F.log_softmax(F.linear(hidden, head) / temperature, dim=-1, dtype=wide)  # [N, V]
     logps = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)  # [N]
     entropy = -(log_p.exp() * log_p).sum(-1) if options.get("entropy_coef") else None  # [N]; free for the fused loss, not here
     return (weights * policy_loss(logps, entropy, advantages, **options)[0]).sum()
@@ -45,14 +45,14 @@ def plain_loss(hidden, weight, targets, advantages, weights, *, temperature=1.0,
 def toy(N, D, V, dtype, device="cpu", peaked=False, length=1):
     """(arguments of the loss, old_logps). `peaked`: of a policy sure of most tokens. `length` rows in a row have one advantage."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(N, D, device=device), torch.randn(V, D, device=device) / D**0.5
+    hidden, head = torch.randn(N, D, device=device), torch.randn(V, D, device=device) / D**0.5
     targets = torch.randint(V, (N,), device=device)
     if peaked:
-        hidden += 14 * weight[targets]
-        targets = torch.cat([(x @ weight.T).softmax(-1).multinomial(1) for x in hidden.split(1024)]).squeeze(1)
-    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        hidden += 14 * head[targets]
+        targets = torch.cat([(x @ head.T).softmax(-1).multinomial(1) for x in hidden.split(1024)]).squeeze(1)
+    hidden, head = (x.to(dtype).requires_grad_() for x in (hidden, head))
     advantages, weights = torch.randn(N // length, device=device).repeat_interleave(length), torch.full((N,), 1 / N, device=device)
-    return (hidden, weight, targets, advantages, weights), linear_logps(hidden, weight, targets)[0] + 0.05 * torch.randn(N, device=device)
+    return (hidden, head, targets, advantages, weights), linear_logps(hidden, head, targets)[0] + 0.05 * torch.randn(N, device=device)
 
 
 def check():
@@ -67,7 +67,7 @@ def check():
         plain = plain_loss(*args, old_logps=old, **options)
         results = [(loss.detach(), *torch.autograd.grad(loss, args[:2])) for loss in (fused, plain)]
         errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
-        print(f"  {name:24} relative error: loss {errors[0]:.0e}  d hidden {errors[1]:.0e}  d weight {errors[2]:.0e}")
+        print(f"  {name:24} relative error: loss {errors[0]:.0e}  d hidden {errors[1]:.0e}  d head {errors[2]:.0e}")
         if not max(errors) < 1e-10:
             raise SystemExit(f"{name}: the fused loss differs from the plain one")
 
@@ -134,15 +134,15 @@ def of(loss, args, **options):
 
 def three_products(args):
     """The ceiling: the logits of a chunk, and both gradients from them, in the inputs' own precision. Only logits reuse memory."""
-    hidden, weight = (x.detach() for x in args[:2])
+    hidden, head = (x.detach() for x in args[:2])
     chunk = min(len(hidden), 4096)
-    logits = torch.empty(chunk, len(weight), dtype=weight.dtype, device=weight.device)
+    logits = torch.empty(chunk, len(head), dtype=head.dtype, device=head.device)
 
     def step():
-        dx, dw = torch.empty_like(hidden), torch.zeros_like(weight)
+        dx, dw = torch.empty_like(hidden), torch.zeros_like(head)
         for x, out in zip(hidden.split(chunk), dx.split(chunk), strict=True):
-            z = torch.mm(x, weight.T, out=logits[: len(x)])
-            torch.mm(z, weight, out=out)
+            z = torch.mm(x, head.T, out=logits[: len(x)])
+            torch.mm(z, head, out=out)
             dw.addmm_(z.T, x)
         return dx, dw
     return step
@@ -164,7 +164,7 @@ def _if_installed():
 
 def peers(args, old) -> dict:
     """Steps of the other fused heads that can be imported. Those that give log-probs get this project's loss on top."""
-    hidden, weight, targets, advantages, weights = args
+    hidden, head, targets, advantages, weights = args
 
     def on_top(logps_of):
         return of(lambda h, w, t, a, k: (k * policy_loss(logps_of(h, w, t), None, a, old_logps=old)[0]).sum(), args)
@@ -226,9 +226,9 @@ def table(steps: dict, args, old, rounds: int) -> list[dict]:
 
 def rl_batch(args):
     """A quarter of the sequences masked, half of all without signal."""
-    hidden, weight, targets, advantages, weights = args
+    hidden, head, targets, advantages, weights = args
     sequence = torch.arange(len(targets), device=targets.device) // LENGTH
-    return hidden, weight, targets, advantages * (sequence % 2 == 0), weights * (sequence % 4 != 1)
+    return hidden, head, targets, advantages * (sequence % 2 == 0), weights * (sequence % 4 != 1)
 
 
 def sweep(args, old, rounds: int) -> list[dict]:

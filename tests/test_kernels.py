@@ -23,26 +23,26 @@ NAN = float("nan")
 
 
 def batch(n=N, d=D, v=V, dtype=torch.float64, seed=0, scale=1.5):
-    """Random inputs: a third of the rows masked, a quarter of advantage 0, ratios on both sides of both clips."""
+    """Random inputs: a third of the tokens masked, a quarter of advantage 0, ratios on both sides of both clips."""
     g = torch.Generator().manual_seed(seed)
     hidden = (scale * torch.randn(n, d, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
-    weight = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    head = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     targets = torch.randint(v, (n,), generator=g)
     advantages = torch.randn(n, generator=g, dtype=torch.float64)
     weights = torch.rand(n, generator=g, dtype=torch.float64) + 0.1
     advantages[1::4], weights[2::3] = 0.0, 0.0
-    z = (hidden.double() @ weight.double().T).detach()
+    z = (hidden.double() @ head.double().T).detach()
     logps = z.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    rows = {name: logps + 0.5 * torch.randn(n, generator=g, dtype=torch.float64)
+    given = {name: logps + 0.5 * torch.randn(n, generator=g, dtype=torch.float64)
             for name in ("old_logps", "behavior_logps", "ref_logps")}
-    return (hidden, weight, targets, advantages, weights), rows
+    return (hidden, head, targets, advantages, weights), given
 
 
-def reference(hidden, weight, targets, advantages, weights, *, old_logps=None, behavior_logps=None, ref_logps=None, eps_low=0.2,
+def reference(hidden, head, targets, advantages, weights, *, old_logps=None, behavior_logps=None, ref_logps=None, eps_low=0.2,
               eps_high=0.28, dual_clip=None, tis_cap=None, kl_coef=0.0, entropy_coef=0.0, kind="clip", sequence_ids=None,
               temperature=1.0):
     """One token after the other, with every logit in memory. Sequence ratios are over tokens of weight other than 0."""
-    log_p = F.log_softmax(F.linear(hidden, weight) / temperature, dim=-1)
+    log_p = F.log_softmax(F.linear(hidden, head) / temperature, dim=-1)
     logps = [log_p[i, targets[i]] for i in range(len(targets))]
     old = [x.detach() for x in logps] if old_logps is None else old_logps
     seq = range(len(targets)) if sequence_ids is None else sequence_ids.tolist()
@@ -110,8 +110,8 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_contract_12_fused_equals_plain(name, chunk):
     """Value and both gradients equal autograd on materialised logits in float64, for every option and chunk size."""
-    args, rows = batch()
-    options = rows | OPTIONS[name]
+    args, given = batch()
+    options = given | OPTIONS[name]
     want = reference(*args, **options)
     loss, _ = linear_policy_loss(*args, **options, chunk=chunk)
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-13)
@@ -121,9 +121,9 @@ def test_contract_12_fused_equals_plain(name, chunk):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_contract_12_fused_equals_the_plain_version_of_the_file(name):
-    """`plain_linear_loss`, which the reader meets first, is the same function (where no row is masked)."""
-    (*inputs, weights), rows = batch()
-    args, options = (*inputs, weights + 0.1), rows | OPTIONS[name]
+    """`plain_linear_loss`, which the reader meets first, is the same function (where no token is masked)."""
+    (*inputs, weights), given = batch()
+    args, options = (*inputs, weights + 0.1), given | OPTIONS[name]
     plain, (fused, _) = plain_linear_loss(*args, **options), linear_policy_loss(*args, **options, chunk=5)
     torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(gradients(fused, args), gradients(plain, args), rtol=1e-10, atol=1e-13)
@@ -131,10 +131,10 @@ def test_contract_12_fused_equals_the_plain_version_of_the_file(name):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (2, 1, 257), (40, 33, 5), (5, 4, 300)])
 def test_contract_12_every_shape(shape):
-    """One row, one dimension, a vocabulary of one: no shape is special (verl #2899 was wrong when V % 256 was not 0)."""
-    args, rows = batch(*shape)
+    """One token, one dimension, a vocabulary of one: no shape is special (verl #2899 was wrong when V % 256 was not 0)."""
+    args, given = batch(*shape)
     for options in ({}, {"kl_coef": 0.3, "entropy_coef": 0.2, "tis_cap": 1.2}, {"sequence_ids": torch.arange(shape[0]) // 2}):
-        want, (loss, _) = reference(*args, **rows, **options), linear_policy_loss(*args, **rows, **options, chunk=3)
+        want, (loss, _) = reference(*args, **given, **options), linear_policy_loss(*args, **given, **options, chunk=3)
         torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-13)
         for got, expected in zip(gradients(loss, args), gradients(want, args), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
@@ -142,16 +142,16 @@ def test_contract_12_every_shape(shape):
 
 def test_contract_12_logps_and_stats():
     """linear_logps, Stats and log_softmax say the same, for every chunk size; entropy is that of the tempered distribution."""
-    args, rows = batch()
+    args, given = batch()
     log_p = F.log_softmax(args[0] @ args[1].T / 0.7, -1).detach()
     logps, entropy = log_p[torch.arange(N), args[2]], -(log_p.exp() * log_p).sum(-1)
     for chunk in (1, 7, N, None):
         got = linear_logps(*args[:3], temperature=0.7, chunk=chunk)
         torch.testing.assert_close(got, (logps, entropy), rtol=1e-12, atol=1e-13)
         assert not any(x.requires_grad for x in got)
-        _, stats = linear_policy_loss(*args, **rows, temperature=0.7, chunk=chunk, kl_coef=1.0)
+        _, stats = linear_policy_loss(*args, **given, temperature=0.7, chunk=chunk, kl_coef=1.0)
         kept = args[4] != 0
-        ratio = (logps - rows["old_logps"]).exp()
+        ratio = (logps - given["old_logps"]).exp()
         for mine, want in ((stats.logps, logps), (stats.entropy, entropy), (stats.ratio, ratio)):
             torch.testing.assert_close(mine[kept], want[kept], rtol=1e-12, atol=1e-13)
             assert mine.shape == (N,) and not mine.requires_grad and mine[~kept].isnan().all()
@@ -161,14 +161,14 @@ def test_contract_12_logps_and_stats():
 @pytest.mark.parametrize("name", ["clip", "reinforce", "everything", "gspo_everything"])
 def test_gradcheck(name):
     """Finite differences agree, so autograd and we do not share a mistake (where nothing is detached: no cispo, no old=None)."""
-    (hidden, weight, *rest), rows = batch(5, 4, 11, scale=0.5)
-    options = {k: v[:5] if k == "sequence_ids" else v for k, v in (rows | OPTIONS[name]).items()}
+    (hidden, head, *rest), given = batch(5, 4, 11, scale=0.5)
+    options = {k: v[:5] if k == "sequence_ids" else v for k, v in (given | OPTIONS[name]).items()}
 
     class Loss(torch.autograd.Function):  # gradcheck differentiates one loss several times, ours gives its gradients away once
         @staticmethod
-        def forward(ctx, hidden, weight):
-            ctx.save_for_backward(hidden, weight)
-            return linear_policy_loss(hidden, weight, *rest, **options, chunk=2)[0].detach()
+        def forward(ctx, hidden, head):
+            ctx.save_for_backward(hidden, head)
+            return linear_policy_loss(hidden, head, *rest, **options, chunk=2)[0].detach()
 
         @staticmethod
         def backward(ctx, grad_output):
@@ -176,15 +176,15 @@ def test_gradcheck(name):
             with torch.enable_grad():
                 loss = linear_policy_loss(*leaves, *rest, **options, chunk=2)[0]
             return torch.autograd.grad(loss, leaves, grad_output)
-    assert torch.autograd.gradcheck(Loss.apply, (hidden, weight), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(Loss.apply, (hidden, head), eps=1e-6, atol=1e-7)
 
 
 def test_central_differences():
-    """Twenty entries of hidden and of weight, at a size where chunks are cut: the loss moves as the gradient says."""
-    (hidden, weight, *rest), rows = batch(40, 16, 300, scale=0.5)
-    loss = lambda: linear_policy_loss(hidden, weight, *rest, **rows, **OPTIONS["everything"], chunk=9)[0]
+    """Twenty entries of hidden and of head, at a size where chunks are cut: the loss moves as the gradient says."""
+    (hidden, head, *rest), given = batch(40, 16, 300, scale=0.5)
+    loss = lambda: linear_policy_loss(hidden, head, *rest, **given, **OPTIONS["everything"], chunk=9)[0]
     g = torch.Generator().manual_seed(1)
-    for x, gradient in zip((hidden, weight), torch.autograd.grad(loss(), (hidden, weight)), strict=True):
+    for x, gradient in zip((hidden, head), torch.autograd.grad(loss(), (hidden, head)), strict=True):
         for i in torch.randint(x.numel(), (20,), generator=g):
             with torch.no_grad():
                 entry, step = x.view(-1)[i].clone(), 1e-6
@@ -198,13 +198,13 @@ def test_central_differences():
 
 def test_inputs_need_not_be_contiguous():
     """A transposed head, hidden states and statistics with strides: what their copies give, but for rounding."""
-    args, rows = batch()
-    want = linear_policy_loss(*args, **rows, kl_coef=0.1)[0]
-    stretched = [torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad) for x in (*args, *rows.values())]
+    args, given = batch()
+    want = linear_policy_loss(*args, **given, kl_coef=0.1)[0]
+    stretched = [torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad) for x in (*args, *given.values())]
     assert not any(x.is_contiguous() for x in stretched)
-    loss = linear_policy_loss(*stretched[:5], **dict(zip(rows, stretched[5:], strict=True)), kl_coef=0.1)[0]
+    loss = linear_policy_loss(*stretched[:5], **dict(zip(given, stretched[5:], strict=True)), kl_coef=0.1)[0]
     transposed = (args[0], args[1].detach().T.contiguous().T.requires_grad_(), *args[2:])
-    again = linear_policy_loss(*transposed, **rows, kl_coef=0.1)[0]
+    again = linear_policy_loss(*transposed, **given, kl_coef=0.1)[0]
     grads = gradients(want, args)
     for got, inputs in ((loss, stretched), (again, transposed)):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
@@ -212,12 +212,12 @@ def test_inputs_need_not_be_contiguous():
 
 
 def test_very_many_tokens():
-    """More than 65,536 rows, which is more than a GPU's second grid dimension has (Liger #1294)."""
-    args, rows = batch(66000, 3, 5)
-    loss, stats = linear_policy_loss(*args, **rows)
+    """More than 65,536 tokens, which is more than a GPU's second grid dimension has (Liger #1294)."""
+    args, given = batch(66000, 3, 5)
+    loss, stats = linear_policy_loss(*args, **given)
     log_p = (args[0] @ args[1].T).log_softmax(-1).gather(1, args[2][:, None]).squeeze(1)
-    per_row, _, _ = policy_loss(log_p, None, args[3], old_logps=rows["old_logps"])
-    torch.testing.assert_close(loss, (args[4] * per_row).sum(), rtol=1e-12, atol=0)
+    losses, _, _ = policy_loss(log_p, None, args[3], old_logps=given["old_logps"])
+    torch.testing.assert_close(loss, (args[4] * losses).sum(), rtol=1e-12, atol=0)
     assert stats.logps.isnan().equal((args[3] == 0) | (args[4] == 0))
 
 
@@ -282,10 +282,10 @@ def test_first_update_is_ratio_one():
 @pytest.mark.parametrize("chunk", [1, 4, None])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_contract_03_gradient_iff_sampled_and_signal(name, chunk):
-    """A row gets gradient iff its weight is not 0 and something pulls on it: its advantage (unless clipped), KL or entropy."""
-    args, rows = batch()
+    """A token gets gradient iff its weight is not 0 and something pulls on it: its advantage (unless clipped), KL or entropy."""
+    args, given = batch()
     advantages, weights = args[3:]
-    options = rows | OPTIONS[name]
+    options = given | OPTIONS[name]
     loss, stats = linear_policy_loss(*args, **options, chunk=chunk)
     dx, _ = gradients(loss, args)
     everywhere = bool(options.get("kl_coef") or options.get("entropy_coef"))
@@ -301,27 +301,27 @@ def test_contract_03_gradient_iff_sampled_and_signal(name, chunk):
 
 @pytest.mark.parametrize("options", [{}, {"kl_coef": 0.3, "entropy_coef": 0.1}, {"sequence_ids": SEQ}, {"tis_cap": 1.2}])
 def test_contract_03_masked_rows_may_hold_anything(options):
-    """NaN, a target of -100 and infinite log-probs in rows of weight 0 reach neither loss nor gradients (0 * NaN is NaN)."""
-    args, rows = batch()
-    want = linear_policy_loss(*args, **rows, **options)[0]
+    """NaN, a target of -100 and infinite log-probs in tokens of weight 0 reach neither loss nor gradients (0 * NaN is NaN)."""
+    args, given = batch()
+    want = linear_policy_loss(*args, **given, **options)[0]
     masked = args[4] == 0
     hidden = args[0].detach().masked_fill(masked[:, None], NAN).requires_grad_()
     dirty = (hidden, args[1], args[2].masked_fill(masked, -100), args[3].masked_fill(masked, NAN), args[4])
-    loss, stats = linear_policy_loss(*dirty, **{k: v.masked_fill(masked, -math.inf) for k, v in rows.items()}, **options)
+    loss, stats = linear_policy_loss(*dirty, **{k: v.masked_fill(masked, -math.inf) for k, v in given.items()}, **options)
     assert torch.equal(loss, want) and stats.logps[masked].isnan().all()
     for got, expected in zip(gradients(loss, dirty), gradients(want, args), strict=True):
         assert torch.equal(got, expected)
-    assert gradients(linear_policy_loss(*dirty, **options | rows)[0], dirty)[0][masked].eq(0).all()
+    assert gradients(linear_policy_loss(*dirty, **options | given)[0], dirty)[0][masked].eq(0).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"kind": "cispo"}, {"kl_coef": 0.3}, {"sequence_ids": SEQ}])
 def test_contract_03_dropping_changes_nothing(options):
-    """Taking the masked rows out by hand gives the same loss and gradients: the mask is not a computation, it is an absence."""
-    args, rows = batch()
+    """Taking the masked tokens out by hand gives the same loss and gradients: the mask is not a computation, it is an absence."""
+    args, given = batch()
     kept = args[4] != 0
     few = (args[0].detach()[kept].requires_grad_(), args[1], *(x[kept] for x in args[2:]))
-    few_rows = {k: v[kept] for k, v in (rows | options).items() if isinstance(v, torch.Tensor)}
-    loss, want = linear_policy_loss(*args, **rows, **options)[0], linear_policy_loss(*few, **options | few_rows)[0]
+    few_given = {k: v[kept] for k, v in (given | options).items() if isinstance(v, torch.Tensor)}
+    loss, want = linear_policy_loss(*args, **given, **options)[0], linear_policy_loss(*few, **options | few_given)[0]
     torch.testing.assert_close(loss, want, rtol=1e-13, atol=0)
     (dx, dw), (dx_few, dw_few) = gradients(loss, args), gradients(want, few)
     torch.testing.assert_close(dx[kept], dx_few, rtol=1e-12, atol=1e-15)
@@ -343,12 +343,12 @@ def test_contract_03_zero_advantage_token_stays_in_its_sequence_ratio():
 
 def test_gspo_closed_form():
     """s = (prod of ratios)^(1/length) and dL/dlogp_t = -s A / length for each token, as printed in the paper."""
-    (hidden, weight, targets, *_), _ = batch(4)
-    logps = linear_logps(hidden, weight, targets)[0]
+    (hidden, head, targets, *_), _ = batch(4)
+    logps = linear_logps(hidden, head, targets)[0]
     ids, steps = torch.tensor([7, 7, 7, 3]), torch.tensor([0.3, -0.1, 0.1, -0.05]).double()
     advantages, weights = torch.tensor([2.0, 2.0, 2.0, -1.0]).double(), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0]).double()
     s = [math.exp(0.1), math.exp(-0.05)]
-    loss, stats = linear_policy_loss(hidden, weight, targets, advantages, weights, old_logps=logps - steps, sequence_ids=ids)
+    loss, stats = linear_policy_loss(hidden, head, targets, advantages, weights, old_logps=logps - steps, sequence_ids=ids)
     assert loss.item() == pytest.approx(-2 * s[0] + s[1]) and stats.ratio.tolist() == pytest.approx([s[0]] * 3 + [s[1]])
     leaf = logps.clone().requires_grad_()
     per_token, _, _ = policy_loss(leaf, None, advantages, old_logps=logps - steps, sequence_ids=ids)
@@ -360,11 +360,11 @@ def test_gspo_closed_form():
 @pytest.mark.parametrize("logits", [[16.8, 0.0, 0.0], [0.0, 50.0, 0.0], [0.0, 70.0, 0.0], [0.0, 1e4, -1e4], [1e4, -1e4, 0.0]])
 def test_extremes_are_finite(logits, dtype):
     """A target (the first) of p = 1 - 1e-7, e^-50, e^-70, e^-10000 or 1: its log-prob is right, and all is finite."""
-    hidden, weight = torch.tensor([logits], dtype=dtype, requires_grad=True), torch.eye(3, dtype=dtype, requires_grad=True)
+    hidden, head = torch.tensor([logits], dtype=dtype, requires_grad=True), torch.eye(3, dtype=dtype, requires_grad=True)
     want = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)[0].item()
     for old in (None, torch.tensor([-1.0]), torch.tensor([-100.0]), torch.tensor([-1e5])):
         for options in ({}, {"kind": "cispo"}, {"kl_coef": 0.1, "entropy_coef": 0.1, "ref_logps": torch.tensor([-5.0])}):
-            args = (hidden, weight, torch.tensor([0]), torch.tensor([-1.0]), torch.tensor([1.0]))
+            args = (hidden, head, torch.tensor([0]), torch.tensor([-1.0]), torch.tensor([1.0]))
             loss, stats = linear_policy_loss(*args, old_logps=old, **options)
             assert stats.logps.item() == pytest.approx(want, rel=1e-6, abs=1.3e-7)  # float32: to its eps
             assert all(torch.isfinite(x).all() for x in (loss, stats.ratio, stats.entropy, *gradients(loss, args)))
@@ -389,8 +389,8 @@ def test_known_distributions():
     """Uniform: entropy log V. One-hot by logits of 1e4: logp 0, entropy 0, and no gradient left to take."""
     logps, entropy = linear_logps(torch.zeros(1, 2), torch.ones(50, 2), torch.tensor([3]))
     assert (logps.item(), entropy.item()) == pytest.approx((-math.log(50), math.log(50)), abs=1e-6)
-    hidden, weight = torch.tensor([[1e4, -1e4]], requires_grad=True), torch.eye(2)
-    loss, stats = linear_policy_loss(hidden, weight, torch.tensor([0]), torch.ones(1), torch.ones(1), entropy_coef=0.1)
+    hidden, head = torch.tensor([[1e4, -1e4]], requires_grad=True), torch.eye(2)
+    loss, stats = linear_policy_loss(hidden, head, torch.tensor([0]), torch.ones(1), torch.ones(1), entropy_coef=0.1)
     loss.backward()
     assert (stats.logps.item(), stats.entropy.item()) == (0.0, 0.0) and hidden.grad.eq(0).all()
 
@@ -398,11 +398,11 @@ def test_known_distributions():
 @pytest.mark.parametrize("options", [{}, {"sequence_ids": SEQ}, {"kl_coef": 0.1, "entropy_coef": 0.1}])
 def test_nothing_to_learn_from(options):
     """An empty batch, or one wholly masked, gives loss 0 and zero gradients of the right shape, not NaN and not an error."""
-    args, rows = batch()
+    args, given = batch()
     empty = (args[0].detach()[:0].requires_grad_(), args[1], *(x[:0] for x in args[2:]))
     masked = (*args[:4], torch.zeros(N))
-    no_rows = {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in (rows | options).items()}
-    for a, r in ((empty, no_rows), (masked, rows | options)):
+    none_given = {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in (given | options).items()}
+    for a, r in ((empty, none_given), (masked, given | options)):
         loss, stats = linear_policy_loss(*a, **r)
         dx, dw = gradients(loss, a)
         assert loss.item() == 0 and dx.shape == a[0].shape and dw.shape == a[1].shape and not dx.any() and not dw.any()
@@ -412,16 +412,16 @@ def test_nothing_to_learn_from(options):
 
 def test_frozen_parts_get_no_gradient():
     """A frozen head costs no third product and gets none; so do frozen hidden states; no_grad makes no gradient at all."""
-    args, rows = batch()
-    dx, dw = gradients(linear_policy_loss(*args, **rows)[0], args)
+    args, given = batch()
+    dx, dw = gradients(linear_policy_loss(*args, **given)[0], args)
     head = args[1].detach()
-    loss, _ = linear_policy_loss(args[0], head, *args[2:], **rows)
+    loss, _ = linear_policy_loss(args[0], head, *args[2:], **given)
     assert torch.equal(torch.autograd.grad(loss, args[0])[0], dx) and head.grad is None
-    loss, _ = linear_policy_loss(args[0].detach(), *args[1:], **rows)
+    loss, _ = linear_policy_loss(args[0].detach(), *args[1:], **given)
     assert torch.equal(torch.autograd.grad(loss, args[1])[0], dw)
     with torch.no_grad():
-        loss, _ = linear_policy_loss(*args, **rows)
-    assert not loss.requires_grad and torch.equal(loss, linear_policy_loss(*args, **rows)[0].detach())
+        loss, _ = linear_policy_loss(*args, **given)
+    assert not loss.requires_grad and torch.equal(loss, linear_policy_loss(*args, **given)[0].detach())
 
 
 def products(call):
@@ -439,20 +439,20 @@ def products(call):
 
 def test_no_product_without_need():
     """Three products when both train, two for a frozen head, one for evaluation; a sequence ratio costs one; backward none."""
-    args, rows = batch()
+    args, given = batch()
     frozen = (args[0], args[1].detach(), *args[2:])
-    assert products(lambda: linear_policy_loss(*args, **rows)[0].backward()) == 3
-    assert products(lambda: linear_policy_loss(*frozen, **rows)[0].backward()) == 2
-    assert products(lambda: linear_policy_loss(*args, **rows, sequence_ids=SEQ)[0].backward()) == 4
+    assert products(lambda: linear_policy_loss(*args, **given)[0].backward()) == 3
+    assert products(lambda: linear_policy_loss(*frozen, **given)[0].backward()) == 2
+    assert products(lambda: linear_policy_loss(*args, **given, sequence_ids=SEQ)[0].backward()) == 4
     with torch.no_grad():
-        assert products(lambda: linear_policy_loss(*args, **rows)) == 1
-        assert products(lambda: linear_policy_loss(*args, **rows, sequence_ids=SEQ)) == 1
+        assert products(lambda: linear_policy_loss(*args, **given)) == 1
+        assert products(lambda: linear_policy_loss(*args, **given, sequence_ids=SEQ)) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"kl_coef": 0.3, "entropy_coef": 0.2}, {"sequence_ids": torch.arange(64) // 8}])
 def test_logits_of_the_batch_are_never_held(options):
     """No tensor, forward or backward, is larger than a chunk of logits (or the inputs): that is what the file is for."""
-    args, rows = batch(64, 4, 50)
+    args, given = batch(64, 4, 50)
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -462,10 +462,10 @@ def test_logits_of_the_batch_are_never_held(options):
             self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
             return out
     with Largest() as seen:
-        linear_policy_loss(*args, **rows, **options, chunk=8)[0].backward()
-    assert seen.numel == 8 * 64  # the next multiple of 64: rows that begin aligned are multiplied faster
+        linear_policy_loss(*args, **given, **options, chunk=8)[0].backward()
+    assert seen.numel == 8 * 64  # the next multiple of 64: lines that begin aligned are multiplied faster
     with Largest() as plain:
-        reference(*args, **rows)
+        reference(*args, **given)
     assert plain.numel == 64 * 50
     with Largest() as alone:
         linear_logps(*args[:3], chunk=8)
@@ -474,39 +474,39 @@ def test_logits_of_the_batch_are_never_held(options):
 
 def test_gradient_is_scaled_by_what_comes_after():
     """Loss scaling, a sum of micro-batches, gradient accumulation into .grad: backward multiplies by grad_output."""
-    args, rows = batch()
-    dx, dw = gradients(linear_policy_loss(*args, **rows)[0], args)
+    args, given = batch()
+    dx, dw = gradients(linear_policy_loss(*args, **given)[0], args)
     for _ in range(2):
-        (3 * linear_policy_loss(*args, **rows)[0]).backward()
+        (3 * linear_policy_loss(*args, **given)[0]).backward()
     torch.testing.assert_close((args[0].grad, args[1].grad), (6 * dx, 6 * dw), rtol=1e-13, atol=0)
-    loss, _ = linear_policy_loss(*args, **rows)
+    loss, _ = linear_policy_loss(*args, **given)
     (first,) = torch.autograd.grad(loss**2, args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
-    loss, _ = linear_policy_loss(*args, **rows)
+    loss, _ = linear_policy_loss(*args, **given)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="given away: compute it again"):  # they were scaled in place: no second [V, D]
         loss.backward()
 
 
 def test_gradient_flows_on_into_the_model():
-    """hidden and weight need not be leaves, and a tied embedding gets both of its gradients."""
-    (_, weight, targets, advantages, weights), rows = batch()
+    """hidden and head need not be leaves, and a tied embedding gets both of its gradients."""
+    (_, head, targets, advantages, weights), given = batch()
     ids = targets.roll(1)
-    want = torch.autograd.grad(reference(torch.tanh(weight[ids]), weight, targets, advantages, weights, **rows), weight)[0]
-    loss, _ = linear_policy_loss(torch.tanh(weight[ids]), weight, targets, advantages, weights, **rows, chunk=5)
-    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], want, rtol=1e-10, atol=1e-13)
+    want = torch.autograd.grad(reference(torch.tanh(head[ids]), head, targets, advantages, weights, **given), head)[0]
+    loss, _ = linear_policy_loss(torch.tanh(head[ids]), head, targets, advantages, weights, **given, chunk=5)
+    torch.testing.assert_close(torch.autograd.grad(loss, head)[0], want, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs(dtype, autocast):
     """16-bit inputs, fp32 inside: logps to 1e-5 of float64 on the same inputs, gradients to one rounding, autocast or not."""
-    args, rows = batch(64, 32, 300, dtype=dtype)
+    args, given = batch(64, 32, 300, dtype=dtype)
     exact = tuple(x.detach().double().requires_grad_() if x.is_floating_point() else x for x in args)
-    want, stats64 = linear_policy_loss(*exact, **rows)
+    want, stats64 = linear_policy_loss(*exact, **given)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        loss, stats = linear_policy_loss(*args, **rows, chunk=10)
+        loss, stats = linear_policy_loss(*args, **given, chunk=10)
     assert loss.dtype == stats.logps.dtype == torch.float32
     kept = ~stats64.logps.isnan()
     assert (stats.logps - stats64.logps)[kept].abs().max() < 1e-5 and (stats.entropy - stats64.entropy)[kept].abs().max() < 1e-5
@@ -518,45 +518,45 @@ def test_half_precision_inputs(dtype, autocast):
 
 def test_float16_gradients_survive_small_weights():
     """With weights of 1/tokens a float16 gradient underflows unless the loss scale is applied before rounding."""
-    args, rows = batch(8, dtype=torch.float16)
+    args, given = batch(8, dtype=torch.float16)
     args = (*args[:4], args[4] * 1e-8)
-    loss, _ = linear_policy_loss(*args, **rows)
+    loss, _ = linear_policy_loss(*args, **given)
     dx, _ = torch.autograd.grad(loss * 2.0**26, args[:2])
     wide = tuple(x.detach().double().requires_grad_() if x.is_floating_point() else x for x in args)
-    want, _ = torch.autograd.grad(linear_policy_loss(*wide, **rows)[0] * 2.0**26, wide[:2])
+    want, _ = torch.autograd.grad(linear_policy_loss(*wide, **given)[0] * 2.0**26, wide[:2])
     torch.testing.assert_close(dx.double(), want, rtol=1e-3, atol=1e-5)
     assert dx.any()
 
 
 def test_arguments_are_left_alone():
     """No tensor that was handed in is written to (the bug of habit 3: a view that changed the normaliser between two passes)."""
-    args, rows = batch()
-    before = [x.detach().clone() for x in (*args, *rows.values(), SEQ)]
+    args, given = batch()
+    before = [x.detach().clone() for x in (*args, *given.values(), SEQ)]
     for options in OPTIONS.values():
-        linear_policy_loss(*args, **rows | options)[0].backward()
-    assert all(torch.equal(a, b) for a, b in zip(before, (*args, *rows.values(), SEQ), strict=True))
+        linear_policy_loss(*args, **given | options)[0].backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, (*args, *given.values(), SEQ), strict=True))
 
 
 def test_mixed_dtypes():
     """Bool weights, integer advantages and float32 old log-probs next to float64 states are fine: they are cast, not promoted."""
-    args, rows = batch()
+    args, given = batch()
     loss, stats = linear_policy_loss(*args[:3], torch.ones(N, dtype=torch.long), torch.ones(N, dtype=torch.bool))
     assert loss.item() == pytest.approx(-N) and stats.logps.dtype == torch.float64
     mixed = (args[0].detach().bfloat16().requires_grad_(), args[1].detach().float().requires_grad_(), *args[2:])
-    dx, dw = gradients(linear_policy_loss(*mixed, **rows)[0], mixed)
+    dx, dw = gradients(linear_policy_loss(*mixed, **given)[0], mixed)
     assert dx.dtype == torch.bfloat16 and dw.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"kind": "ppo"}, "kind must be one of clip, cispo, reinforce, got 'ppo'"),
     ({"kl_coef": 0.1, "ref_logps": None}, "kl_coef needs ref_logps"),
-    ({"tis_cap": 2.0, "behavior_logps": None}, "tis_cap must be positive and needs behavior_logps"),
-    ({"tis_cap": 0.0}, "tis_cap must be positive"),
+    ({"tis_cap": 2.0, "behavior_logps": None}, "tis_cap needs behavior_logps"),
+    ({"tis_cap": 0.0}, "tis_cap must be positive, got 0.0"),
     ({"dual_clip": 1.0}, "dual_clip must be greater than 1"),
     ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ({"temperature": NAN}, "temperature must be positive"),
     ({"chunk": 0}, "chunk must be at least 1"),
-    ({"hidden": torch.zeros(N, D + 1)}, r"hidden must be \[N, D\] and weight \[V, D\]"),
+    ({"hidden": torch.zeros(N, D + 1)}, r"hidden must be \[N, D\] and head \[V, D\]"),
     ({"hidden": torch.zeros(N, 1, D)}, r"hidden must be \[N, D\]"),
     ({"targets": torch.zeros(N + 1, dtype=torch.long)}, r"targets must be \[N\] = \[13\].*got \[14\]"),
     ({"advantages": torch.zeros(1)}, "advantages must be"),
@@ -568,10 +568,10 @@ def test_mixed_dtypes():
 ])
 def test_bad_input_is_one_clear_line(change, message):
     """Broadcasting would turn most of these into a wrong loss without a word; they are refused, naming the argument."""
-    args, rows = batch()
-    names = ("hidden", "weight", "targets", "advantages", "weights")
+    args, given = batch()
+    names = ("hidden", "head", "targets", "advantages", "weights")
     with pytest.raises(ValueError, match=message) as error:
-        linear_policy_loss(**dict(zip(names, args, strict=True)) | rows | change)
+        linear_policy_loss(**dict(zip(names, args, strict=True)) | given | change)
     assert "\n" not in str(error.value)
 
 
@@ -595,7 +595,7 @@ def test_runs_alone():
     done = subprocess.run([sys.executable, kernels.__file__], capture_output=True, text=True,
                           timeout=120, cwd=Path(kernels.__file__).parent, check=False)
     assert done.returncode == 0, done.stderr
-    first, _, plain, fused = done.stdout.splitlines()
-    errors = [float(word) for word in re.findall(r"\de[+-]\d+", first)]
+    _, plain, fused, last = done.stdout.splitlines()
+    errors = [float(word) for word in re.findall(r"\de[+-]\d+", last)]
     assert len(errors) == 2 and max(errors) < 1e-12
-    assert "logits of 2048 tokens" in plain and "MB" in fused
+    assert "logits of 1024 tokens" in plain and "MB" in fused

@@ -20,12 +20,12 @@ def batch():
     """B completions of up to T tokens as the peers want them: [B, T], padded at the right."""
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    hidden, weight = (1.5 * draw(B * T, D)).requires_grad_(), draw(V, D).requires_grad_()
+    hidden, head = (1.5 * draw(B * T, D)).requires_grad_(), draw(V, D).requires_grad_()
     targets, advantages = torch.randint(V, (B, T), generator=g), draw(B)
     mask = (torch.arange(T) < torch.tensor(LENGTHS)[:, None]).double()  # [B, T]
-    logps = (hidden @ weight.T).log_softmax(-1).gather(1, targets.view(-1, 1)).view(B, T).detach()
+    logps = (hidden @ head.T).log_softmax(-1).gather(1, targets.view(-1, 1)).view(B, T).detach()
     old, ref, behavior = (logps + 0.4 * draw(B, T) for _ in range(3))
-    return hidden, weight, targets, advantages, mask, old, ref, behavior
+    return hidden, head, targets, advantages, mask, old, ref, behavior
 
 
 # (ours, TRL's, Liger's). Both call 1 + eps_high "epsilon_high" for cispo, and clip nothing below.
@@ -49,22 +49,22 @@ DEFAULTS = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": None, "beta": 0.0
 
 
 def ours(gspo=False, **options):
-    hidden, weight, targets, advantages, mask, old, ref, behavior = batch()
+    hidden, head, targets, advantages, mask, old, ref, behavior = batch()
     ids = torch.arange(B).repeat_interleave(T) if gspo else None
-    rows = {"old_logps": old.flatten(), "ref_logps": ref.flatten(), "behavior_logps": behavior.flatten(), "sequence_ids": ids}
-    loss, _ = linear_policy_loss(hidden, weight, targets.flatten(), advantages.repeat_interleave(T), mask.flatten() / mask.sum(),
-                                 **rows, **options, chunk=7)
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+    given = {"old_logps": old.flatten(), "ref_logps": ref.flatten(), "behavior_logps": behavior.flatten(), "sequence_ids": ids}
+    loss, _ = linear_policy_loss(hidden, head, targets.flatten(), advantages.repeat_interleave(T), mask.flatten() / mask.sum(),
+                                 **given, **options, chunk=7)
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, head))
 
 
 def trls(tis=None, entropy_coef=0.0, **options):
     """GRPOTrainer._compute_loss itself, on a trainer that is nothing but its options."""
     trainer_class = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is not installed: pip install -r tests/requirements-peers.txt").GRPOTrainer
     o = DEFAULTS | options
-    hidden, weight, targets, advantages, mask, old, ref, behavior = batch()
+    hidden, head, targets, advantages, mask, old, ref, behavior = batch()
 
     def logps_and_entropies(*args, **kwargs):
-        log_p = F.log_softmax(hidden @ weight.T / o["temperature"], dim=-1)
+        log_p = F.log_softmax(hidden @ head.T / o["temperature"], dim=-1)
         logps, entropy = log_p.gather(1, targets.view(-1, 1)).view(B, T), -(log_p.exp() * log_p).sum(-1).view(B, T)
         return logps, entropy, None
 
@@ -83,17 +83,17 @@ def trls(tis=None, entropy_coef=0.0, **options):
               "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": mask.sum(),
               "importance_sampling_ratio": (old - behavior).exp().clamp(max=tis) if tis else None}
     loss = trainer_class._compute_loss(trainer, None, inputs)
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, head))
 
 
 def ligers(tis=None, **options):
     ops = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed: pip install -r tests/requirements-peers.txt")
     o = DEFAULTS | options
-    hidden, weight, targets, advantages, mask, old, ref, behavior = batch()
+    hidden, head, targets, advantages, mask, old, ref, behavior = batch()
     loss_function = ops.LigerFusedLinearGRPOLoss(compiled=False, use_ref_model=bool(o["beta"]), chunk_size=1, **o)
-    loss, *_ = loss_function(hidden.view(B, T, D), weight, targets, mask, advantages, ref_per_token_logps=ref, old_per_token_logps=old,
+    loss, *_ = loss_function(hidden.view(B, T, D), head, targets, mask, advantages, ref_per_token_logps=ref, old_per_token_logps=old,
                              vllm_is_ratio=(old - behavior).exp().clamp(max=tis) if tis else None)
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, head))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -64,8 +64,8 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, launch):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gpu_equals_float64(name, dtype):
     """The whole loss through the kernel against float64 through the torch version, from the same 16-bit inputs."""
-    args, rows = batch(11, 64, 1000, dtype, "cuda")
-    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in (rows | OPTIONS[name]).items()}
+    args, given = batch(11, 64, 1000, dtype, "cuda")
+    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in (given | OPTIONS[name]).items()}
     got = results(args, **options, chunk=4)
     want = results(widen(args), **widen(options))
     kept = ~want[3].isnan()
@@ -100,7 +100,7 @@ def test_gpu_holds_no_more_than_it_says():
 
 @gpu
 def test_gpu_more_rows_than_a_grid_may_have():
-    """65,536 rows and more (Liger #1294 crashed there)."""
+    """65,536 tokens and more (Liger #1294 crashed there)."""
     args, old = bench_kernels.toy(70000, 16, 300, torch.bfloat16, "cuda")
     loss, stats = linear_policy_loss(*args, old_logps=old)
     want, _ = linear_policy_loss(*(x.detach().cpu().float() if x.is_floating_point() else x.cpu() for x in args), old_logps=old.cpu())

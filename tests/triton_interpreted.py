@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py     # a process of its own: Triton decides when it is imported
 
-Float32 goes through the kernel, float64 through the torch version. The interpreter runs a program per row in Python: small shapes only.
+Float32 goes through the kernel, float64 through the torch version. The interpreter runs a program per token in Python: small shapes only.
 It cuts off where a GPU rounds when it stores 16 bits.
 """
 
@@ -29,16 +29,16 @@ OPTIONS = {
 
 
 def batch(n=11, d=5, v=70, dtype=torch.float32, device="cpu", seed=0):
-    """Random inputs, a few rows masked or of advantage 0, ratios on both sides of both clips."""
+    """Random inputs, a few tokens masked or of advantage 0, ratios on both sides of both clips."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g)
-    hidden, weight = (1.5 * draw(n, d)).to(dtype), draw(v, d).to(dtype)
+    hidden, head = (1.5 * draw(n, d)).to(dtype), draw(v, d).to(dtype)
     advantages, weights, targets = draw(n), torch.rand(n, generator=g) + 0.1, torch.randint(v, (n,), generator=g)
     advantages[1::4], weights[2::5] = 0.0, 0.0
-    logps = linear_logps(hidden.double(), weight.double(), targets)[0].float()
-    rows = {name: (logps + 0.5 * draw(n)).to(device) for name in ("old_logps", "behavior_logps", "ref_logps")}
-    args = [x.to(device) for x in (hidden, weight, targets, advantages, weights)]
-    return tuple(x.requires_grad_() if i < 2 else x for i, x in enumerate(args)), rows
+    logps = linear_logps(hidden.double(), head.double(), targets)[0].float()
+    given = {name: (logps + 0.5 * draw(n)).to(device) for name in ("old_logps", "behavior_logps", "ref_logps")}
+    args = [x.to(device) for x in (hidden, head, targets, advantages, weights)]
+    return tuple(x.requires_grad_() if i < 2 else x for i, x in enumerate(args)), given
 
 
 def results(args, **options):
@@ -64,24 +64,24 @@ def both(args, **options):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_contract_12_the_triton_kernel_equals_the_torch_version(name):
     """Every option: value, gradients and statistics."""
-    args, rows = batch()
-    options = rows | OPTIONS[name]
+    args, given = batch()
+    options = given | OPTIONS[name]
     for mine, torchs in both(args, **options, chunk=4):
         torch.testing.assert_close(mine, torchs, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (2, 1, 257), (3, 4, 2500)])
 def test_contract_12_triton_every_shape(shape):
-    """One row, a vocabulary of one, one wider than a block of 2048: masked columns must not leak in."""
-    args, rows = batch(*shape)
+    """One token, a vocabulary of one, one wider than a block of 2048: masked columns must not leak in."""
+    args, given = batch(*shape)
     for options in ({}, {"entropy_coef": 0.2, "kl_coef": 0.1}):
-        for mine, torchs in both(args, **rows, **options):
+        for mine, torchs in both(args, **given, **options):
             torch.testing.assert_close(mine, torchs, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
 def test_the_interpreter_really_ran(monkeypatch):
     """Float32 goes through the kernel and float64 does not: else the tests above would compare the torch version with itself."""
-    args, rows = batch()
+    args, given = batch()
     launched, kernel = [], kernels._fused_kernel
 
     class Spy:
@@ -90,10 +90,10 @@ def test_the_interpreter_really_ran(monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(kernels, "_fused_kernel", Spy())
-    results(args, **rows, entropy_coef=0.1)
+    results(args, **given, entropy_coef=0.1)
     assert launched
     launched.clear()
-    results(widen(args), **widen(rows), entropy_coef=0.1)
+    results(widen(args), **widen(given), entropy_coef=0.1)
     assert not launched
 
 
@@ -102,16 +102,20 @@ def mixed_products(monkeypatch):
     """The 16-bit path of a GPU, on a CPU: products that read 16 bits and write 32, which torch lacks there, are given to it."""
     library = torch.library.Library("aten", "IMPL")
 
-    def mm(a, b, out_dtype, *, out):
-        return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
+    def mm(a, b, out_dtype):
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    def mm_out(a, b, out_dtype, *, out):
+        return out.copy_(mm(a, b, out_dtype))
 
     def addmm(self, a, b, out_dtype, *, beta=1, alpha=1, out):
         assert (beta, alpha) == (1, 1)
         return out.copy_(self + a.to(out_dtype) @ b.to(out_dtype))
 
-    library.impl("mm.dtype_out", mm, "CPU")
+    library.impl("mm.dtype", mm, "CPU")
+    library.impl("mm.dtype_out", mm_out, "CPU")
     library.impl("addmm.dtype_out", addmm, "CPU")
-    monkeypatch.setattr(kernels, "_adds_up_wide", lambda x: True)
+    monkeypatch.setattr(kernels, "MIXED_PRODUCTS", ("cpu",))
     yield
     library._destroy()
 
@@ -120,8 +124,8 @@ def mixed_products(monkeypatch):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_contract_12_16_bits_as_on_a_gpu(mixed_products, name, dtype):
     """Log-probs to 1e-5, entropies to 1e-4, gradients to 1 % (the gradient of the logits is cut off to 16 bits here, rounded on a GPU) of float64."""
-    args, rows = batch(dtype=dtype)
-    options = rows | OPTIONS[name]
+    args, given = batch(dtype=dtype)
+    options = given | OPTIONS[name]
     found = list(both(args, **options, chunk=4))
     for (mine, true), atol in zip(found[3:], (1e-5, 1e-4, 1e-4, 0), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-5, atol=atol, equal_nan=True)
