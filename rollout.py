@@ -1,36 +1,41 @@
-"""Many agents at once: one engine that generates tokens for all of them.
+"""Many agents at once: from one context without a cache to an engine that serves all of them.
 
 An agent asks the model for a message, runs a tool, and asks again with a longer context. Training
-plays hundreds of such episodes. This file generates their tokens in three steps, each faster:
+plays hundreds of such episodes. This file samples their tokens in four steps. Each step removes
+what is slow in the step before, and gives the same tokens:
 
-    plain_generate    One context. Every new token sends the whole context through the model again.
-    cached_generate   One context and a KV cache: the keys and values of tokens already computed.
-                      Prefill computes the context once. Decode then computes one token at a time.
-    Engine            Many contexts. One pass through the model decodes a token for each of them.
+    plain_generate     One context. Every new token sends the whole context through the model again.
+    cached_generate    One context and a KV cache: the keys and values of tokens already computed.
+                       Prefill computes the context once. Decode then computes one token at a time.
+    batched_generate   Several contexts in one batch. A pass decodes a token for each of them. But
+                       the batch runs until its longest message ends, and nothing new can join.
+    Engine             Continuous batching. Requests join and leave between two passes, so nobody
+                       waits for the longest message. Keys and values outlive their message.
 
-What the engine adds to `cached_generate`:
+The first three stand above the ruler (====). Stop there, and you know how a rollout is sampled.
+The engine below it has five parts, in the order of the file:
 
-    slots                 The KV cache has room for a fixed number of contexts. The room for one
-                          context is a slot.
-    prefix cache          A slot keeps its keys and values when its message is finished. A request
-                          starts from the slot that holds the longest prefix of its context: the
-                          agent's own last turn, or another agent's copy of the same prompt.
-    duplicate requests    The attempts of a group begin with the same prompt, and a trained policy
-                          often samples the same tokens. The engine computes equal contexts once.
-    continuous batching   Requests join and leave between two passes. A finished message frees its
-                          slot at once, and nobody waits for the longest message of a batch.
-    random streams        Each episode samples with its own random numbers. Its tokens do not
-                          depend on the episodes beside it.
-    decoding thread       Passes run in a second thread, so agents and tools are never blocked.
-    rejoin window         Optional. Before each pass the engine waits a short time for the agents
-                          it has just answered. The same requests then always share a pass, and
-                          a run can be repeated bit by bit.
+    KVCache        The keys and values, in slots. A slot is room for one context.
+    PrefixCache    Which tokens each slot holds. A slot keeps them when its message has ended, and a
+                   request starts from the slot that holds the longest prefix of its context: the
+                   agent's own last turn, or another agent's copy of the same prompt.
+    Decoder        Its `step` admits requests to slots, prefills, and decodes one token of each. It
+                   computes duplicate requests once: the attempts of a group begin with the same
+                   prompt, and a trained policy often samples the same tokens.
+    RejoinWindow   Optional. Before each step the engine waits a short time for the agents it has
+                   just answered. The same requests then always share a pass, and a run can be
+                   repeated bit by bit.
+    Engine         What agents call: `await engine.generate(ids, ...)`. Steps run in a second
+                   thread, so agents and tools are never blocked.
+
+`play` runs many episodes on one engine. Each episode samples with its own random numbers, so its
+tokens do not depend on the episodes beside it.
 
 Left out: paged memory, preemption, speculative decoding; top-k and top-p (a policy must be trained
 on the distribution it was sampled from); models with sliding windows or recurrent layers
 (`check_model` refuses them). Takes a transformers causal model. Serves agent.py, whose episodes go
-to grpo.py. `python rollout.py` compares `plain_generate` with the engine. To reuse this file, copy
-agent.py and its imports, too.
+to grpo.py. `python rollout.py` compares the four steps. To reuse this file, copy agent.py and its
+imports, too.
 """
 
 import asyncio
@@ -39,7 +44,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from random import Random
@@ -51,7 +56,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from agent import Completion
 
 # --------------------------------------------------------------------------------------------------
-# One context: sample a token, append it, repeat
+# One request: sample a token, append it, repeat
 
 
 def sample(logits, temperature, uniform) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +83,44 @@ def sample(logits, temperature, uniform) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
 
-def sample_one(logits: torch.Tensor, rng: Random, temperature: float) -> tuple[int, float]:
-    """`sample` for one row of logits [1, V], with the next number of a random stream."""
-    options = torch.tensor([[temperature], [rng.random()]], dtype=torch.float64)
-    token, logp = sample(logits, *options.to(logits.device))
-    return token.item(), logp.item()
+@dataclass(eq=False)
+class Request:
+    """A context to continue, and what has been sampled for it. It grows by a token at a time."""
+
+    ids: list[int]  # the tokens of the context, then the sampled ones
+    max_new_tokens: int
+    stop_ids: set[int]  # each of them ends the message
+    rng: Random  # the episode's own random stream
+    temperature: float
+    completion: Completion = field(init=False)  # the sampled tokens. `finish` is "" until the end
+
+    def __post_init__(self):
+        self.ids = list(self.ids)  # grows, unlike the list of the caller
+        self.completion = Completion([], [], "")
+
+    def append(self, token: int, logp: float) -> None:
+        """Add a sampled token. A stop token, or the last one that is allowed, ends the message."""
+        self.ids.append(token)
+        self.completion.ids.append(token)
+        self.completion.logps.append(logp)
+        if token in self.stop_ids:
+            self.completion.finish = "stop"
+        elif len(self.completion.ids) >= self.max_new_tokens:
+            self.completion.finish = "length"
+
+
+def sample_next(requests: list[Request], logits: torch.Tensor) -> None:
+    """Append one sampled token to each of R requests, whose next tokens have these logits [R, V].
+
+    Each request draws from its own random stream, so its tokens do not depend on the others.
+    """
+    options = [[request.temperature, request.rng.random()] for request in requests]
+    options = torch.tensor(options, dtype=torch.float64, device=logits.device)  # [R, 2]
+    tokens, logps = sample(logits, *options.unbind(1))  # [R] each
+    if logps.isnan().any():
+        raise FloatingPointError("the model's logits are not finite: has the run diverged?")
+    for request, token, logp in zip(requests, tokens.tolist(), logps.tolist()):
+        request.append(token, logp)
 
 
 @torch.inference_mode()
@@ -92,16 +130,12 @@ def plain_generate(model, ids: list[int], max_new_tokens: int, stop_ids: set[int
 
     With T tokens of context and N new ones, about N * (T + N / 2) tokens go through the model.
     """
-    new_ids, logps = [], []
-    while len(new_ids) < max_new_tokens:
-        context = torch.tensor([ids + new_ids], device=model.device)  # [1, T]
+    request = Request(ids, max_new_tokens, stop_ids, rng, temperature)
+    while not request.completion.finish:
+        context = torch.tensor([request.ids], device=model.device)  # [1, T]
         logits = model(input_ids=context, use_cache=False).logits[:, -1]  # [1, V]
-        token, logp = sample_one(logits, rng, temperature)
-        new_ids.append(token)
-        logps.append(logp)
-        if token in stop_ids:
-            return Completion(new_ids, logps, "stop")
-    return Completion(new_ids, logps, "length")
+        sample_next([request], logits)
+    return request.completion
 
 
 @torch.inference_mode()
@@ -113,67 +147,79 @@ def cached_generate(model, ids: list[int], max_new_tokens: int, stop_ids: set[in
     the one token that is new. A token attends to the keys and values of all tokens before it, and
     these never change, so they can be kept.
     """
+    request = Request(ids, max_new_tokens, stop_ids, rng, temperature)
     cache, not_in_cache = DynamicCache(config=model.config), ids
-    new_ids, logps = [], []
-    while len(new_ids) < max_new_tokens:
-        inputs = torch.tensor([not_in_cache], device=model.device)  # [1, T], then [1, 1]
+    while not request.completion.finish:
+        inputs = torch.tensor([not_in_cache], device=model.device)  # [1, T] at first, then [1, 1]
         logits = model(input_ids=inputs, past_key_values=cache).logits[:, -1]  # [1, V]
-        token, logp = sample_one(logits, rng, temperature)
-        new_ids.append(token)
-        logps.append(logp)
-        if token in stop_ids:
-            return Completion(new_ids, logps, "stop")
-        not_in_cache = [token]
-    return Completion(new_ids, logps, "length")
+        sample_next([request], logits)
+        not_in_cache = request.ids[-1:]
+    return request.completion
+
+
+# --------------------------------------------------------------------------------------------------
+# Several requests in one batch: prefill all of them, then decode all of them
+
+
+def pad_left(rows: list[list[int]], padding: int, device="cpu") -> torch.Tensor:
+    """A rectangle of integers [B, T] from rows of different lengths.
+
+    On the left, so that the last column predicts the next token of every row.
+
+    >>> pad_left([[7, 8], [9]], padding=0).tolist()
+    [[7, 8], [0, 9]]
+    """
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=device)
+
+
+@torch.inference_mode()
+def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int],
+                     rngs: list[Random], temperature: float = 1.0) -> list[Completion]:
+    """The same tokens for B contexts. Each pass computes one more token of every context.
+
+    A pass over B tokens costs little more than a pass over one: it reads all weights once.
+    Two things go wrong. A row whose message has ended still goes through the model, and its room
+    in the cache is idle. And a new request waits until the longest message of the batch has ended.
+    """
+    requests = [Request(ids, max_new_tokens, stop_ids, rng, temperature)
+                for ids, rng in zip(prompts, rngs)]
+    inputs = pad_left(prompts, 0, model.device)  # [B, T] at first, then [B, 1]
+    # 1 for a token, 0 for padding, which no token may attend to. [B, T], and a column more per pass
+    mask = pad_left([[1] * len(ids) for ids in prompts], 0, model.device)
+    cache = DynamicCache(config=model.config)
+    running = list(range(len(requests)))  # the rows whose message has not ended
+    while running:
+        # The position of a token counts the tokens before it, without padding.
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # as `inputs`
+        logits = model(input_ids=inputs, attention_mask=mask, position_ids=positions,
+                       past_key_values=cache).logits[:, -1]  # [B, V]
+        sample_next([requests[row] for row in running], logits[running])
+        running = [row for row in running if not requests[row].completion.finish]
+        # A row that has ended repeats its last token. Nobody looks at what comes out.
+        inputs = torch.tensor([request.ids[-1:] for request in requests], device=model.device)
+        mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
+    return [request.completion for request in requests]
 
 
 # ==================================================================================================
-# Many contexts: the engine. Its tokens and log-probs are those of `plain_generate`
-
-PREFILL_TOKENS = 4096  # most tokens in one pass of a prefill: bounds its memory
-WORTH_WAITING = 16  # a request waits one batch for a prefix if that saves this many tokens
-
-# One thread decodes for all engines: each thread that runs torch operations keeps helper threads.
-DECODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
-
-# An agent's number among those of `play`. Requests are admitted in this order, in every run.
-AGENT: ContextVar[int] = ContextVar("agent", default=0)
-
-
-@dataclass(eq=False)
-class Request:
-    """A context to continue. It grows by one sampled token per step."""
-
-    ids: list[int]  # the prompt (the context as given), then the tokens sampled so far
-    max_new_tokens: int
-    rng: Random  # the episode's own random stream
-    temperature: float
-    agent: int  # its number
-    answered: asyncio.Future  # the agent waits for this
-    completion: Completion  # what was sampled so far; `finish` is "" until the end
-
-
-@dataclass(eq=False)
-class Row:
-    """One row of a batch: a slot, and the requests that are continued in it.
-
-    Duplicate requests share a row for as long as they sample the same tokens.
-    """
-
-    slot: int
-    requests: list[Request]  # one or more, all with the same ids
-
-    @property
-    def ids(self) -> list[int]:
-        return self.requests[0].ids
-
+# Continuous batching: the engine. Its tokens and log-probs are those of `plain_generate`.
+#
+# Each row of a pass belongs to a slot of the KV cache. When its message ends, the slot goes to the
+# next request, before the next pass. The way of a request:
+#
+#     Engine.generate    adds it to `arrived`. The agent waits.
+#     Decoder.step       `_admit` finds a slot and the longest prefix that is computed already.
+#                        `_prefill` computes the rest of the context and samples the first token.
+#     Decoder.step       `_decode` samples one more token, in each step until the message ends.
+#     Engine._serve      answers the agent.
 
 # --------------------------------------------------------------------------------------------------
 # The KV cache, in slots
 
 
-class SlotCache:
-    """Keys and values of all slots, with the interface that transformers expects of a cache.
+class KVCache:
+    """The keys and values of all slots. transformers calls the methods that it expects of a cache.
 
     A pass begins with `plan`, which says where its tokens belong. Then each attention layer calls
     `update`.
@@ -188,19 +234,19 @@ class SlotCache:
         self.layers: list[list[torch.Tensor]] = []
         # Of the next pass: the slot of each row [B], the positions of its tokens [B, T], and how
         # many positions of a slot these attend to.
-        self.rows = self.positions = torch.empty(0, dtype=torch.int64)
+        self.slot_of_row = self.positions = torch.empty(0, dtype=torch.int64)
         self.length, self.in_place = 0, False
 
-    def plan(self, rows, positions, length: int) -> None:
-        self.rows, self.positions, self.length = rows, positions, length
-        self.in_place = rows.tolist() == list(range(len(rows)))
+    def plan(self, slot_of_row, positions, length: int) -> None:
+        self.slot_of_row, self.positions, self.length = slot_of_row, positions, length
+        self.in_place = slot_of_row.tolist() == list(range(len(slot_of_row)))
 
     def update(self, keys, values, layer_idx: int, *args, **kwargs) -> list[torch.Tensor]:
         """Store new keys and values [B, heads, T, size]. Return the rows' [B, heads, S, size]."""
         if layer_idx == len(self.layers):
             self.layers.append([self._room_for(new) for new in (keys, values)])
         for stored, new in zip(self.layers[layer_idx], (keys, values)):
-            stored[self.rows[:, None], self.positions] = new.transpose(1, 2)
+            stored[self.slot_of_row[:, None], self.positions] = new.transpose(1, 2)
         return [self._of_rows(stored) for stored in self.layers[layer_idx]]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -216,7 +262,8 @@ class SlotCache:
         """[slots, context + 1, heads, size] -> [B, heads, S, size]"""
         used = stored[:, : self.length]
         # Slots 0, 1, 2, ... in order are read in place. Any others must be copied.
-        chosen = used[: len(self.rows)] if self.in_place else used.index_select(0, self.rows)
+        rows = self.slot_of_row
+        chosen = used[: len(rows)] if self.in_place else used.index_select(0, rows)
         return chosen.transpose(1, 2)
 
     def _room_for(self, new: torch.Tensor) -> torch.Tensor:
@@ -224,13 +271,13 @@ class SlotCache:
         return new.new_zeros(self.slots, self.context + 1, new.shape[1], new.shape[3])
 
 
-def forward(backbone, cache: SlotCache, rows, tokens, positions, length: int) -> torch.Tensor:
-    """Send tokens [B, T] through the model at these positions [B, T] of these slots (rows [B]).
+def forward(backbone, cache: KVCache, slot_of_row, tokens, positions, length: int) -> torch.Tensor:
+    """Send tokens [B, T] through the model, at these positions [B, T] of these slots [B].
 
     Each token attends to the positions up to its own, of which there are at most `length`.
     Padding has position `cache.context`. Returns hidden states [B, T, D].
     """
-    cache.plan(rows, positions, length)
+    cache.plan(slot_of_row, positions, length)
     future = torch.arange(length, device=tokens.device) > positions[:, None, :, None]
     mask = torch.zeros(future.shape, dtype=backbone.dtype, device=tokens.device)  # [B, 1, T, S]
     mask.masked_fill_(future, -torch.inf)
@@ -238,71 +285,58 @@ def forward(backbone, cache: SlotCache, rows, tokens, positions, length: int) ->
                     past_key_values=cache, use_cache=True).last_hidden_state
 
 
-def pad(rows: list[list[int]], padding: int) -> torch.Tensor:
-    """A rectangle of integers [B, T] from rows of different lengths.
-
-    >>> pad([[7, 8], [9]], padding=0).tolist()
-    [[7, 8], [9, 0]]
-    """
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
-
-
 # --------------------------------------------------------------------------------------------------
 # The prefix cache: which tokens each slot holds
+
+WORTH_WAITING = 16  # a request waits one pass for a prefix if that saves this many tokens
 
 
 @dataclass
 class Prefix:
     """The longest part of a context whose keys and values are in a slot already."""
 
-    slot: int
+    source: int  # the slot that holds it
     length: int  # in tokens
-    continues: bool  # the slot is idle and holds nothing else: the request can go on there
-    growing: bool  # a prefill of this batch is about to compute a longer prefix
+    target: int  # an idle slot to continue in: the source itself, if that holds nothing else
 
 
-class Slots:
+class PrefixCache:
     """Which tokens each slot holds, and which slots are idle."""
 
     def __init__(self, slots: int, context: int):
-        # The context given to each slot, and -1 behind it. The cache holds the keys and values of
-        # its first `length` tokens. A prefill of this batch is about to compute the others.
+        # The context given to each slot, and -1 behind it. The KV cache holds the keys and values
+        # of its first `length` tokens. A prefill of this step is about to compute the others.
         self.tokens = np.full((slots, context), -1)  # [slots, context]
         self.length = np.zeros(slots, dtype=np.int64)  # [slots]
         self.idle = list(range(slots))  # the one that was released first comes first
 
-    def find_prefix(self, ids: list[int]) -> Prefix:
-        """Find the slot that holds the longest prefix of a context. Changes nothing."""
+    def find(self, ids: list[int]) -> Prefix | None:
+        """Find the longest prefix of a context, and an idle slot for it. Changes nothing.
+
+        None: a prefill of this step is about to compute a longer prefix, and it pays to wait.
+        """
         # The last token must go through the model in any case: it predicts the next one.
         shared = common_prefix(self.tokens, np.array(ids[:-1]))  # [slots]
         ready = np.minimum(shared, self.length)  # [slots]
         longest = int(ready.max())
-        # Is the prefill of a longer prefix planned, in another row? Then it pays to wait for it.
-        growing = bool(shared.max() >= longest + WORTH_WAITING)
+        if shared.max() >= longest + WORTH_WAITING:
+            return None
+        # A slot that holds more than the prefix is not continued in place: the rest may belong to
+        # an agent that waits for its tool. The prefix is copied to another slot.
         for slot in self.idle:
-            holds_nothing_else = self.length[slot] == ready[slot]
-            if ready[slot] == longest and holds_nothing_else:
-                return Prefix(slot, longest, True, growing)
-        return Prefix(int(ready.argmax()), longest, False, growing)
-
-    def choose(self, prefix: Prefix) -> int:
-        """Choose an idle slot for a request with this prefix. Changes nothing.
-
-        A slot that holds more than the prefix is not continued in place: the rest may belong to an
-        agent that waits for its tool.
-        """
-        return prefix.slot if prefix.continues else self.idle[0]
+            if ready[slot] == self.length[slot] == longest:
+                return Prefix(slot, longest, slot)
+        return Prefix(int(ready.argmax()), longest, self.idle[0])
 
     def take(self, slot: int, ids: list[int], length: int) -> None:
-        """An idle slot is in use from now on. The cache holds the first `length` of its tokens."""
+        """An idle slot is in use from now on. The KV cache holds `length` of these tokens."""
         self.idle.remove(slot)
         self.tokens[slot, : len(ids)] = ids
         self.tokens[slot, len(ids) :] = -1
         self.length[slot] = length
 
     def extend(self, slot: int, ids: list[int]) -> None:
-        """From now on the cache holds the keys and values of these tokens, too."""
+        """From now on the KV cache holds the keys and values of these tokens, too."""
         start, end = self.length[slot], self.length[slot] + len(ids)
         self.tokens[slot, start:end] = ids
         self.length[slot] = end
@@ -326,158 +360,148 @@ def common_prefix(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # The decoder: admission, prefill, decode. Runs in the decoding thread
 
+PREFILL_TOKENS = 4096  # most tokens in one pass of a prefill: bounds its memory
+
+
+@dataclass(eq=False)
+class AgentRequest(Request):
+    """A request of an agent that waits for the answer."""
+
+    agent: int  # its number. Requests are admitted in this order
+    answered: asyncio.Future
+
 
 class Decoder:
     """Continues requests, one token each per `step`. Between steps the event loop may change it."""
 
-    def __init__(self, model, stop_ids: set[int], slots: int, context: int, stats: Counter):
-        self.model, self.stop_ids, self.stats = model, stop_ids, stats
-        self.head = model.get_output_embeddings()
-        self.head_weight = self.head.weight  # [V, D]; `_start_afresh` makes it float32 at least
+    def __init__(self, model, slots: int, context: int, stats: Counter):
+        self.model, self.stats = model, stats
+        self.head_weight = model.get_output_embeddings().weight  # [V, D]
         self.fingerprint: list = []  # of the weights that made the keys and values
-        self.cache = SlotCache(slots, context)
-        self.slots = Slots(slots, context)
-        self.waiting: list[Request] = []  # for a slot
-        self.rows: list[Row] = []
-        self.finished: list[Request] = []  # in the last step
+        self.cache = KVCache(slots, context)
+        self.prefixes = PrefixCache(slots, context)
+        self.waiting: list[AgentRequest] = []  # for a slot
+        # The requests in each slot that is not idle: one, or duplicates, which share a slot for as
+        # long as they sample the same tokens.
+        self.active: dict[int, list[AgentRequest]] = {}
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[AgentRequest]:
         """All requests that are not finished."""
-        return self.waiting + [request for row in self.rows for request in row.requests]
-
-    def cancel(self, request: Request) -> None:
-        """Drop a request, if it is not finished."""
-        request.completion.finish = "cancelled"
-        if request in self.waiting:
-            self.waiting.remove(request)
-        for row in list(self.rows):
-            self._split(row)
+        return self.waiting + [request for sharing in self.active.values() for request in sharing]
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Sample one token for every request in a row, after a prefill of the new rows."""
-        if not self.rows and self._fingerprint() != self.fingerprint:
+        """Sample one token for every request in a slot, after a prefill of the new ones."""
+        if not self.active and self._fingerprint() != self.fingerprint:
             self._start_afresh()
-        self.finished = []
-        decoding = sorted(self.rows, key=attrgetter("slot"))
-        while new_rows := self._admit():
-            self._prefill(new_rows)
+        # asyncio cancels the future together with the agent that waits for it.
+        self.waiting = [request for request in self.waiting if not request.answered.cancelled()]
+        # In order: the KV cache can read slots 0, 1, 2, ... in place.
+        decoding = sorted(self.active)
+        # Until nothing can be admitted: a prefill computes prefixes that other requests wait for.
+        while admitted := self._admit():
+            self._prefill(admitted)
         if decoding:
             self._decode(decoding)
         self.stats["steps"] += 1
 
-    # ---- Admission: find a prefix, choose a slot ----
+    # ---- Admission: find a prefix, take a slot ----
 
-    def _admit(self) -> list[Row]:
-        """Make rows of waiting requests, as far as there is room. Returns the new rows.
+    def _admit(self) -> list[int]:
+        """Give slots to waiting requests, as far as there is room. Returns these slots.
 
         Of new contexts with a common prefix only one is admitted at first. The others follow when
         its prefill has run, and copy the prefix.
         """
-        new: dict[tuple[int, ...], Row] = {}  # by context
+        admitted: dict[tuple[int, ...], int] = {}  # context: slot
         for request in self._with_room():
             context = tuple(request.ids)
-            if context not in new:
-                prefix = self.slots.find_prefix(request.ids)
-                if prefix.growing:
-                    continue
-                new[context] = self._new_row(request.ids, prefix)
-            new[context].requests.append(request)
+            if context in admitted:
+                self.active[admitted[context]].append(request)
+            elif prefix := self.prefixes.find(request.ids):
+                self._start([request], prefix)
+                admitted[context] = prefix.target
+                self.stats["prefill_tokens"] += len(context) - prefix.length
+            else:
+                continue  # until the longer prefix is computed
             self.waiting.remove(request)
-            self.stats["prompt_tokens"] += len(request.ids)
-        self.rows += new.values()
-        return list(new.values())
+            self.stats["prompt_tokens"] += len(context)
+        return list(admitted.values())
 
-    def _with_room(self) -> list[Request]:
+    def _with_room(self) -> list[AgentRequest]:
         """Waiting requests, as many as could each have a slot: duplicates may part soon."""
-        in_rows = sum(len(row.requests) for row in self.rows)
-        return sorted(self.waiting, key=attrgetter("agent"))[: self.cache.slots - in_rows]
+        in_slots = sum(len(requests) for requests in self.active.values())
+        return sorted(self.waiting, key=attrgetter("agent"))[: self.cache.slots - in_slots]
 
-    def _new_row(self, ids: list[int], prefix: Prefix) -> Row:
-        slot = self.slots.choose(prefix)
-        if not prefix.continues:
-            self.cache.copy(prefix.slot, slot, prefix.length)
-        self.slots.take(slot, ids, prefix.length)
-        self.stats["prefill_tokens"] += len(ids) - prefix.length
-        return Row(slot, [])
+    def _start(self, requests: list[AgentRequest], prefix: Prefix) -> None:
+        """Put requests with the same ids into a slot. It gets what another slot holds of them."""
+        if prefix.source != prefix.target:
+            self.cache.copy(prefix.source, prefix.target, prefix.length)
+        self.prefixes.take(prefix.target, requests[0].ids, prefix.length)
+        self.active[prefix.target] = requests
 
-    # ---- Prefill and decode ----
+    # ---- Prefill and decode: both send the tokens that the slots lack through the model ----
 
-    def _prefill(self, rows: list[Row]) -> None:
-        """Compute what the slots lack of these contexts, and sample the first tokens."""
-        # One pass over a batch of long contexts would need memory for rows times length squared.
-        piece = max(1, PREFILL_TOKENS // len(rows))
-        while long := [row for row in rows if len(row.ids) - self.slots.length[row.slot] > piece]:
+    def _prefill(self, slots: list[int]) -> None:
+        """Compute new contexts without the prefixes that are there, and sample a token for each."""
+        # One pass over many long contexts would need memory for rows times length squared.
+        piece = max(1, PREFILL_TOKENS // len(slots))
+        while long := [slot for slot in slots if len(self._lacking(slot)) > piece]:
             self._compute(long, piece)
-        self._decode(rows)
+        self._decode(slots)
 
-    def _decode(self, rows: list[Row]) -> None:
+    def _decode(self, slots: list[int]) -> None:
         """Compute the tokens that the slots lack, and sample the next token of each request."""
-        requests, row_numbers = [], []
-        for number, row in enumerate(rows):
-            requests += row.requests
-            row_numbers += [number] * len(row.requests)
-        logits = self._logits(self._compute(rows))  # [B, V]
-        options = [[request.temperature, request.rng.random()] for request in requests]
-        options = torch.tensor(options, dtype=torch.float64, device=logits.device)  # [R, 2]
-        tokens, logps = sample(logits[row_numbers], *options.unbind(1))  # [R] each
-        if logps.isnan().any():
-            raise FloatingPointError("the model's logits are not finite: has the run diverged?")
-        for request, token, logp in zip(requests, tokens.tolist(), logps.tolist()):
-            self._append(request, token, logp)
-        for row in rows:
-            self._split(row)
+        requests, row_of = [], []  # [R] each
+        for row, slot in enumerate(slots):
+            requests += self.active[slot]
+            row_of += [row] * len(self.active[slot])
+        logits = self._logits(self._compute(slots))  # [B, V]
+        sample_next(requests, logits[row_of])
         self.stats["sampled_tokens"] += len(requests)
+        for slot in slots:
+            self._split(slot)
 
-    def _append(self, request: Request, token: int, logp: float) -> None:
-        """Add a sampled token to its request. With a stop token or the last one it is finished."""
-        completion = request.completion
-        request.ids.append(token)
-        completion.ids.append(token)
-        completion.logps.append(logp)
-        stopped = token in self.stop_ids
-        if stopped or len(completion.ids) == request.max_new_tokens:
-            completion.finish = "stop" if stopped else "length"
-            self.finished.append(request)
-
-    def _split(self, row: Row) -> None:
-        """Drop finished requests. Requests that sampled different tokens get different rows."""
-        by_token: dict[int, list[Request]] = {}
-        for request in row.requests:
-            if not request.completion.finish:
+    def _split(self, slot: int) -> None:
+        """Drop ended and cancelled requests. Requests that sampled different tokens part."""
+        by_token: dict[int, list[AgentRequest]] = {}
+        for request in self.active[slot]:
+            if not (request.completion.finish or request.answered.cancelled()):
                 by_token.setdefault(request.ids[-1], []).append(request)
         if not by_token:
-            self.rows.remove(row)
-            self.slots.release(row.slot)
+            del self.active[slot]
+            self.prefixes.release(slot)
             return
-        row.requests, *others = by_token.values()
-        length = self.slots.length[row.slot]  # of all but the new token
+        # Some stay. The others copy all that is computed: all tokens but the new one.
+        self.active[slot], *others = by_token.values()
         for requests in others:
-            slot = self.slots.idle[0]
-            self.cache.copy(row.slot, slot, length)
-            self.slots.take(slot, row.ids[:length], length)
-            self.rows.append(Row(slot, requests))
+            length = int(self.prefixes.length[slot])
+            self._start(requests, Prefix(slot, length, self.prefixes.idle[0]))
 
     # ---- The model ----
 
-    def _compute(self, rows: list[Row], most: int | None = None) -> torch.Tensor:
-        """Send the tokens that the slots lack through the model, at most `most` of each row.
+    def _lacking(self, slot: int) -> list[int]:
+        """The tokens of a context whose keys and values are not in its slot yet."""
+        return self.active[slot][0].ids[self.prefixes.length[slot] :]
 
-        Returns the hidden state behind the last token of each row [B, D].
+    def _compute(self, slots: list[int], most: int | None = None) -> torch.Tensor:
+        """Send the tokens that the slots lack through the model, at most `most` of each.
+
+        Returns the hidden state of the last token of each [B, D].
         """
-        slots = [row.slot for row in rows]
-        starts = self.slots.length[slots].tolist()
-        fed = [row.ids[start:][:most] for row, start in zip(rows, starts)]
-        positions = [list(range(start, start + len(ids))) for start, ids in zip(starts, fed)]
-        for slot, ids in zip(slots, fed):
-            self.slots.extend(slot, ids)
-        device, context = self.model.device, self.cache.context
+        tokens, positions = [], []
+        for slot in slots:
+            start, new = int(self.prefixes.length[slot]), self._lacking(slot)[:most]
+            tokens.append(new)
+            positions.append(list(range(start, start + len(new))))
+            self.prefixes.extend(slot, new)
+        self.stats.update(passes=1, computed_tokens=sum(map(len, tokens)))
+        device = self.model.device
         hidden = forward(self.model.base_model, self.cache, torch.tensor(slots, device=device),
-                         pad(fed, 0).to(device), pad(positions, context).to(device),
-                         length=int(self.slots.length[slots].max()))
-        self.stats.update(passes=1, computed_tokens=sum(map(len, fed)))
-        last = [len(ids) - 1 for ids in fed]
-        return hidden[range(len(rows)), last]
+                         pad_left(tokens, 0, device),
+                         pad_left(positions, self.cache.context, device),
+                         length=int(self.prefixes.length[slots].max()))  # [B, T, D]
+        return hidden[:, -1]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, D] -> [B, V]"""
@@ -493,18 +517,21 @@ class Decoder:
     def _start_afresh(self) -> None:
         """Forget all keys and values: they belong to other weights."""
         self.fingerprint = self._fingerprint()
-        self.slots = Slots(self.cache.slots, self.cache.context)
+        self.prefixes = PrefixCache(self.cache.slots, self.cache.context)
         # Logits in 16 bits would be rounded before the softmax, unlike those of the update.
-        weight = self.head.weight
+        weight = self.model.get_output_embeddings().weight
         self.head_weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 # --------------------------------------------------------------------------------------------------
-# The engine: requests come, answers go. Runs in the event loop
+# The rejoin window: a short wait for agents whose tools are quick
 
 
 class RejoinWindow:
-    """A short wait for agents that were just answered and may soon ask again."""
+    """Waits for agents that were just answered and may soon ask again.
+
+    It expects an agent until that asks again, until it ends, or until the time of a wait is over.
+    """
 
     def __init__(self, seconds: float):
         self.seconds, self.waited = seconds, 0.0  # at most for each step, and in all
@@ -518,6 +545,7 @@ class RejoinWindow:
             task.add_done_callback(self.stop_expecting)
 
     def stop_expecting(self, task: asyncio.Task) -> None:
+        """The agent asks again, or it has ended."""
         task.remove_done_callback(self.stop_expecting)
         self.away.discard(task)
         if self.all_back and not self.all_back.done() and not self.away:
@@ -532,6 +560,16 @@ class RejoinWindow:
         await asyncio.wait([self.all_back], timeout=self.seconds)
         self.away.clear()  # an agent that is late is not waited for a second time
         self.waited += time.perf_counter() - began
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine: requests come, answers go. Runs in the event loop of the agents
+
+# One thread decodes for all engines: each thread that runs torch operations keeps helper threads.
+DECODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
+
+# An agent's number among those of `play`. Requests are admitted in this order, in every run.
+AGENT: ContextVar[int] = ContextVar("agent", default=0)
 
 
 class Engine:
@@ -551,15 +589,15 @@ class Engine:
     def __init__(self, model, stop_ids: set[int], *, slots: int = 64, context: int = 1024,
                  rejoin_window: float = 0.0):
         check_model(model)
-        self.model, self.slots, self.context = model, slots, context
+        self.model, self.stop_ids = model, stop_ids
+        self.slots, self.context = slots, context
         self.stats: Counter = Counter()
         self.window = RejoinWindow(rejoin_window)
-        self.server: asyncio.Task | None = None  # runs `_serve`
-        self.new_decoder = partial(Decoder, model, stop_ids, slots, context, self.stats)
+        self.new_decoder = partial(Decoder, model, slots, context, self.stats)
         self.decoder: Decoder = self.new_decoder()
         # During a step the decoder belongs to its thread. What comes meanwhile is kept here.
-        self.arrived: list[Request] = []
-        self.cancelled: list[Request] = []
+        self.arrived: list[AgentRequest] = []
+        self.server: asyncio.Task | None = None  # runs `_serve`
 
     async def generate(self, ids: list[int], max_new_tokens: int, *, rng: Random,
                        temperature: float = 1.0) -> Completion:
@@ -570,32 +608,25 @@ class Engine:
         if not ids or max_new_tokens < 1 or len(ids) + max_new_tokens > self.context:
             raise ValueError(f"{len(ids)} tokens and {max_new_tokens} new ones do not fit "
                              f"a context of {self.context}")
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        request = Request(list(ids), max_new_tokens, rng, temperature, AGENT.get(),
-                          loop.create_future(), Completion([], [], ""))
-        self._start_server(loop)
+        answered = asyncio.get_running_loop().create_future()
+        request = AgentRequest(ids, max_new_tokens, self.stop_ids, rng, temperature, AGENT.get(),
+                               answered)
+        self._start_server()
         self.arrived.append(request)
-        self.window.stop_expecting(task)
-        try:
-            await request.answered
-        except asyncio.CancelledError:
-            self.cancelled.append(request)
-            raise
-        self.window.expect(task)
+        self.window.stop_expecting(asyncio.current_task())
+        await answered
+        self.window.expect(asyncio.current_task())
         return request.completion
 
-    def expect(self, task: asyncio.Task) -> None:
-        """This agent will soon ask for tokens. Within the rejoin window it is waited for."""
-        self.window.expect(task)
-
     def forget(self) -> None:
-        """Forget all keys and values, before the next step that begins with no rows."""
+        """Forget all keys and values, before the next step that begins with no requests."""
         self.decoder.fingerprint = []
 
-    # ---- The server: a task that runs steps, in the event loop of the agents ----
+    # ---- The server: a task that runs steps for as long as there are requests ----
 
-    def _start_server(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _start_server(self) -> None:
         """Start a server in this event loop, unless one runs."""
+        loop = asyncio.get_running_loop()
         if self.server and not self.server.done():
             if self.server.get_loop() is loop:
                 return
@@ -605,39 +636,65 @@ class Engine:
     async def _serve(self, decoder: Decoder) -> None:
         """Run steps for as long as there are requests, and the decoder is the engine's."""
         loop = asyncio.get_running_loop()
+        requests: list[AgentRequest] = []  # of the last step
         try:
             await self.window.wait()
             while decoder is self.decoder and (self.arrived or decoder.requests()):
-                self._hand_over()
+                decoder.waiting += self.arrived
+                self.arrived = []
+                requests = decoder.requests()
                 await loop.run_in_executor(DECODING, decoder.step)
-                for request in decoder.finished:
-                    if not request.answered.done():  # its agent may have been cancelled meanwhile
+                for request in requests:
+                    # Done already means that its agent was cancelled meanwhile.
+                    if request.completion.finish and not request.answered.done():
                         request.answered.set_result(None)
                 await self.window.wait()
         except BaseException as error:
             if decoder is self.decoder:
-                self._fail(error)
+                self._fail(requests + self.arrived, error)
             if not isinstance(error, Exception):
                 raise
 
-    def _hand_over(self) -> None:
-        """Tell the decoder what has come since the last step."""
-        self.decoder.waiting += self.arrived
-        for request in self.cancelled:
-            self.decoder.cancel(request)
-        self.arrived, self.cancelled = [], []
-
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, requests: list[AgentRequest], error: BaseException) -> None:
         """Raise the error in all agents that wait."""
-        for request in self.arrived + self.decoder.requests():
+        for request in requests:
             if not request.answered.done():
                 request.answered.set_exception(error)
         self._reset()
 
     def _reset(self) -> None:
         """Start anew after a failure: what the slots hold is unknown."""
-        self.arrived, self.cancelled, self.decoder = [], [], self.new_decoder()
+        self.arrived, self.decoder = [], self.new_decoder()
         self.window.away.clear()
+
+
+def play(starts: list[Callable[[], Coroutine]], at_once: int,
+         engine: Engine | None = None) -> list:
+    """Run many episodes, at most `at_once` at a time. Raises the first failure.
+
+    starts: functions that make an agent's coroutine, as `lambda: Agent(...).run(env, seed)` does.
+    engine: is told of each agent that begins, so the rejoin window includes the first message.
+    Returns results in the order of `starts`.
+
+    >>> async def episode():
+    ...     return "done"
+    >>> play([episode, episode], at_once=2)
+    ['done', 'done']
+    """
+
+    async def play_all() -> list:
+        places = asyncio.Semaphore(at_once)
+
+        async def play_one(number: int, start: Callable[[], Coroutine]):
+            async with places:
+                AGENT.set(number)
+                if engine:
+                    engine.window.expect(asyncio.current_task())
+                return await start()
+
+        return await asyncio.gather(*(play_one(*pair) for pair in enumerate(starts)))
+
+    return asyncio.run(play_all())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -674,17 +731,15 @@ def _known_obstacle(model) -> str:
 
 @torch.no_grad()
 def _measured_obstacle(model) -> str:
-    """Compares eight tokens in two passes through a slot with one pass as in grpo.py."""
+    """Compares eight tokens in two passes through a slot with one plain pass."""
     head = model.get_output_embeddings().weight  # [V, D]
     positions = torch.arange(8, device=head.device)[None]  # [1, 8]
-    tokens, cache, slots = positions % len(head), SlotCache(slots=1, context=8), positions[0, :1]
-    hidden = []  # [1, 5, D] and [1, 3, D]
-    for part in (slice(0, 5), slice(5, 8)):
-        hidden.append(forward(model.base_model, cache, slots, tokens[:, part], positions[:, part],
-                              length=part.stop))
-    ours = (torch.cat(hidden, 1) @ head.T).float()  # [1, 8, V]
-    mask = torch.full((1, 1, 8, 8), -torch.inf, dtype=model.dtype, device=head.device).triu(1)
-    theirs = model(input_ids=tokens, attention_mask=mask).logits.float()
+    tokens, slot = positions % len(head), positions[0, :1]
+    through_slot = partial(forward, model.base_model, KVCache(slots=1, context=8), slot)
+    first = through_slot(tokens[:, :5], positions[:, :5], length=5)  # [1, 5, D]
+    second = through_slot(tokens[:, 5:], positions[:, 5:], length=8)  # [1, 3, D]
+    ours = (torch.cat([first, second], 1) @ head.T).float()  # [1, 8, V]
+    theirs = model(input_ids=tokens).logits.float()
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     agree = (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
     return "" if agree else "its logits are not its head times its last hidden states"
@@ -713,60 +768,33 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
 
 
 # --------------------------------------------------------------------------------------------------
-# Episodes
-
-
-def play(starts: list[Callable[[], Coroutine]], at_once: int,
-         engine: Engine | None = None) -> list:
-    """Run many episodes, at most `at_once` at a time. Raises the first failure.
-
-    starts: functions that make an agent's coroutine, as `lambda: Agent(...).run(env, seed)` does.
-    engine: is told of each agent that begins, so the rejoin window includes the first message.
-    Returns results in the order of `starts`.
-
-    >>> async def episode():
-    ...     return "done"
-    >>> play([episode, episode], at_once=2)
-    ['done', 'done']
-    """
-
-    async def play_all() -> list:
-        places = asyncio.Semaphore(at_once)
-
-        async def play_one(number: int, start: Callable[[], Coroutine]):
-            async with places:
-                AGENT.set(number)
-                if engine:
-                    engine.expect(asyncio.current_task())
-                return await start()
-
-        return await asyncio.gather(*(play_one(*pair) for pair in enumerate(starts)))
-
-    return asyncio.run(play_all())
-
-
-# --------------------------------------------------------------------------------------------------
 # python rollout.py
 
 
 def demo(agents: int = 8) -> None:
-    """The same messages by `plain_generate` and by the engine."""
+    """The same messages in all four ways, and how fast each of them is."""
     model, stop_ids, prompt = small_model(1024), set(range(16)), list(range(100, 300))
-    plain_generate(model, prompt, 1, stop_ids, Random(0))  # the first pass of all is slow
     engine = Engine(model, stop_ids, slots=agents, context=512)
-    ask = partial(engine.generate, prompt, 64)
-    start = time.perf_counter()
-    plain = [plain_generate(model, prompt, 64, stop_ids, Random(n)) for n in range(agents)]
-    middle = time.perf_counter()
-    fast = play([partial(ask, rng=Random(n)) for n in range(agents)], agents)
-    end = time.perf_counter()
-    if [a.ids for a in plain] != [b.ids for b in fast]:
-        raise AssertionError("the engine's tokens are not those of plain_generate")
-    stats, sampled = engine.stats, engine.stats["sampled_tokens"]
-    print(f"{agents} agents, one prompt of {len(prompt)} tokens: the same tokens both ways")
-    print(f"  plain_generate   {sampled / (middle - start):6,.0f} sampled tokens per second")
-    print(f"  Engine           {sampled / (end - middle):6,.0f} sampled tokens per second")
-    print(f"  prefill          {stats['prefill_tokens']:,} of {stats['prompt_tokens']:,} tokens")
+
+    def one_by_one(generate) -> list[Completion]:
+        return [generate(model, prompt, 64, stop_ids, Random(n)) for n in range(agents)]
+
+    prompts, rngs = [prompt] * agents, [Random(n) for n in range(agents)]
+    asks = [partial(engine.generate, prompt, 64, rng=Random(n)) for n in range(agents)]
+    ways = {"plain_generate": partial(one_by_one, plain_generate),
+            "cached_generate": partial(one_by_one, cached_generate),
+            "batched_generate": partial(batched_generate, model, prompts, 64, stop_ids, rngs),
+            "Engine": partial(play, asks, agents)}
+    print(f"{agents} messages, one prompt of {len(prompt)} tokens, the same tokens in four ways:")
+    expected = one_by_one(cached_generate)  # and the first pass of all is slow
+    sampled = sum(len(message.ids) for message in expected)
+    for name, way in ways.items():
+        start = time.perf_counter()
+        found = way()
+        seconds = time.perf_counter() - start
+        if [a.ids for a in found] != [b.ids for b in expected]:
+            raise AssertionError(f"{name} samples other tokens")
+        print(f"  {name:18}{sampled / seconds:7,.0f} sampled tokens per second")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 `train` reads like the algorithm:
 
     imitate demonstrations                           # most of them fail, so imitation fails, too
-    repeat: choose tasks, more where more fails      # share_out
+    repeat: choose tasks                             # choose_tasks
             roll out groups of episodes              # rollout.py, agent.py, env.py
             compare the episodes of each group       # grpo.make_rows
             update the weights                       # grpo.update
@@ -61,7 +61,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 import env as environments
 import grpo
 from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
-from env import ENVIRONMENTS, EnvError, demonstrator, seeds, task_hash
+from env import ENVIRONMENTS, EnvError, demonstrator, seeds
 from grpo import GRPOConfig, gather, option, ranks
 from rollout import Engine, play, small_model
 from tools import schema, tools_of
@@ -77,10 +77,6 @@ MOST_DEMONSTRATIONS = 12000  # different ones; after that they are shown again
 DEMONSTRATED = {"calculator": 12, "lookup": 7, "maze": 31, "chain": 20, "recall": 3,
                 "mastermind": 4}
 
-TIMED_UPDATES = 10  # after these the run says how long it will take
-# What an RL step and an evaluated episode take, in updates of the warm start (measured).
-UPDATES_PER_STEP, UPDATES_PER_EPISODE = 7, 0.055
-
 # Options whose best value depends on the model: one of random weights, or one that knows language.
 SMALL_MODEL = {"lr": 2.5e-4, "epochs": 3, "temperature": 1.1, "warmup_lr": 6e-3,
                "warmup_steps": 110, "context": 336}
@@ -94,18 +90,19 @@ def train(config: "Config") -> None:
     # The run's folder, the environments, the model
 
     clock, first = Clock(), ranks()[0] == 0  # the first process writes
-    run, config = read_run(config.resume) if config.resume else (None, resolve(config))
-    if run and (run / "summary.json").exists():  # it is written last
-        print(f"{run} is finished: there is nothing to go on with")
-        return
-    lock = lock_run(run) if run and first else None
-    checkpoint = newest_checkpoint(run) if run else None
-    if run and not checkpoint and (run / METRICS).exists():
-        raise UserError(f"{run} has lost its checkpoints: there is nothing to go on from")
-    setup = make_setup(config, checkpoint)
-    check_fit(setup)
-    if not run:  # only now: bad input leaves no folder behind
-        run = gather(make_run(config) if first else None)[0]
+    if config.resume:
+        run, config = read_run(config.resume)
+        if (run / "summary.json").exists():  # it is written last
+            print(f"{run} is finished: there is nothing to go on with")
+            return
+        lock = lock_run(run) if first else None
+        checkpoint = newest_checkpoint(run)
+        setup = make_setup(config, checkpoint)
+    else:
+        config, checkpoint = resolve(config), None
+        setup = make_setup(config)
+        check_fit(setup)
+        run = gather(make_run(config) if first else None)[0]  # bad input leaves no folder behind
         lock = lock_run(run) if first else None
     model, tokenizer = setup.model, setup.chat.tokenizer
     grpo.share_weights(model)
@@ -120,18 +117,17 @@ def train(config: "Config") -> None:
 
     if checkpoint:
         saved = torch.load(checkpoint / "trainer.pt", weights_only=True)
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        clock.seconds.update(saved.pop("seconds"))
-        state = State(**saved)
+        optimizer.load_state_dict(saved["optimizer"])
+        clock.seconds.update(saved["seconds"])
+        state = State(**saved["state"])
+        if first:
+            cut_off(run, saved["written"])
     else:
         clock.start("warm start")
         warm_start(setup)
         clock.start("evaluation")
-        state = State(before=evaluate(setup), success=dict.fromkeys(config.env, 0.0),
-                      cursor=dict.fromkeys(config.env, (config.seed + 1) * 10**6))
-    if first:
-        cut_off(run, state.written)
-        if not checkpoint:
+        state = State(evaluate(setup), dict.fromkeys(config.env, (config.seed + 1) * 10**6))
+        if first:
             save(run, setup, state, optimizer, clock)
     reference = load_reference(run, model) if config.kl_coef else None
     ctrl_c = CtrlC()
@@ -156,14 +152,15 @@ def train(config: "Config") -> None:
         metrics = {"step": step, "seconds": time.perf_counter() - began, "lr": lr,
                    **measure(episodes), **signal_report, **report}
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
-        state.advance(tasks, metrics)
+        state.step = step
+        state.next_seed.update({env: seed + 1 for env, seed in tasks})
         print(metric_line(metrics))
         if step % 20 == 0:
             print(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
         stop = any(gather(ctrl_c.pressed))
         if first:
             finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-            append(run / METRICS, [finite])  # NaN is not JSON
+            append(run / METRICS, [finite])  # JSON has no NaN
             append(run / EPISODES, [record(e, a, step) for e, a in zip(episodes, advantages)])
             if step % config.save_every == 0 or step == config.updates or stop:
                 save(run, setup, state, optimizer, clock)
@@ -176,20 +173,11 @@ def train(config: "Config") -> None:
 
     clock.start("evaluation")
     after = evaluate(setup)
-    if not first:
-        return
-    with whole(run / "model") as folder:
-        save_model(folder, model, tokenizer)
-    with whole(run / "scores.json") as file:
-        file.write_text(json.dumps({"before": state.before, "after": after}))
-    clock.start("end")
-    with whole(run / "summary.json") as file:
-        file.write_text(json.dumps(summarise(state, after, clock, config), indent=2))
     print_scores(state.before, "before")
     print_scores(after, "after")
-    print(f"{run}: {clock.total():.0f} s: "
-          + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items()))
-    lock.close()
+    if first:
+        write_results(run, setup, state.before, after, clock)
+        lock.close()
 
 
 def score(config: "Config") -> None:
@@ -226,7 +214,7 @@ class Config(GRPOConfig):
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
     steps: int = option(15, "reinforcement learning: updates for each environment")
-    tasks_per_step: int = option(18, "tasks per update, shared out among the environments")
+    tasks_per_step: int = option(18, "tasks per update; the environments take turns")
     group_size: int = option(8, "attempts at each task")
     lr: float | None = by_model("lr", "reinforcement learning: learning rate; it falls to 0")
     epochs: int | None = by_model("epochs", "updates per batch of episodes")
@@ -253,21 +241,21 @@ class Config(GRPOConfig):
 
     @property
     def updates(self) -> int:
-        """By reinforcement learning, in all."""
+        """Updates by reinforcement learning, for all environments together."""
         return self.steps * len(self.env)
 
     @property
     def warmup_updates(self) -> int:
-        """By imitation, in all."""
+        """Updates by imitation, for all environments together."""
         return self.warmup_steps * len(self.env)
 
 
 def defaults(config: Config) -> dict:
     """Values of the options that follow from others.
 
-    A negative_weight below 1 makes learning seek risk. With rewards that are graded or noisy, it
-    may prefer 1 with probability 0.4 to a sure 0.6. The built-in tasks can all be solved, and the
-    small model learns them in fewer steps with 0.1.
+    A negative_weight below 1 makes the policy seek risk. It may prefer a reward of 1 with
+    probability 0.4 to a certain reward of 0.6. The built-in tasks can all be solved, so the risk
+    costs nothing there, and the small model learns them in fewer steps.
     """
     built_in = all(env.partition(":")[0] in ENVIRONMENTS for env in config.env)
     return {
@@ -279,7 +267,7 @@ def defaults(config: Config) -> dict:
 
 
 def resolve(config: Config) -> Config:
-    """A value in place of each None, and each environment once."""
+    """The config with a value in place of each None, and each environment only once."""
     values = {k: v for k, v in defaults(config).items() if getattr(config, k) is None}
     return replace(config, env=[*dict.fromkeys(config.env)], **values)
 
@@ -292,7 +280,10 @@ AT_LEAST = {
 
 
 def check_options(config: Config) -> None:
-    """Raise UserError for a number that makes no sense: better now than after the warm start."""
+    """Raise UserError for a number that makes no sense, or a name that is taken.
+
+    Better now than after the warm start.
+    """
     for name, value in asdict(config).items():
         least = AT_LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:  # NaN: neither
@@ -321,76 +312,67 @@ class Setup:
         return Agent(llm, self.chat, max_turns=c.max_turns, max_new_tokens=c.max_new_tokens,
                      context=c.context, temperature=temperature, tool_timeout=c.tool_timeout)
 
+    def demonstrated(self) -> list[str]:
+        """The environments that have a demonstrator."""
+        return [env for env, factory in self.envs.items() if demonstrator(factory)]
+
 
 def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: int,
              temperature: float) -> list[Episode]:
     """A group of `size` attempts at each task (environment, seed), one group after the other.
 
-    Every attempt has a random stream of its own, which follows from its name. So there is no random
-    state to save, and a step follows from its number, the weights and the tasks.
+    Every attempt samples from its own random numbers, and their seed is the attempt's name. So a
+    step depends on its number, its tasks and the weights only. There is no random state to save.
     """
-    async def attempt(group: int, member: int) -> Episode:
-        env, seed = tasks[group]
+    async def attempt(env: str, seed: int, member: int) -> Episode:
         rng = Random(f"{setup.config.seed} {step} {env} {seed} {member}")
-        agent = setup.agent(setup.engine, temperature)
-        episode = await agent.run(setup.envs[env], seed, rng)
-        episode.env, episode.group, episode.member = env, group, member
-        return episode
+        return await setup.agent(setup.engine, temperature).run(setup.envs[env], seed, rng)
 
     setup.engine.forget()  # a resumed run has not read what was read in the step before
-    starts = []
-    for group in range(len(tasks)):
-        starts += [partial(attempt, group, member) for member in range(size)]
-    episodes = play_together(starts, setup.engine.slots, size, setup.engine)
+    episodes = play_tasks(tasks, size, attempt, setup.engine.slots, setup.engine)
     if all(e.error for e in episodes):  # else a run would learn nothing until its steps are spent
         raise UserError(f"the environment failed in every episode of step {step}: "
                         f"{episodes[0].error}")
     return episodes
 
 
-def play_together(starts: list[Callable], at_once: int, size: int = 1,
-                  engine: Engine | None = None) -> list[Episode]:
-    """`play`, of which each process does its share, by groups of `size`. All get all episodes."""
+def play_tasks(tasks: list[tuple[str, int]], size: int, attempt: Callable, at_once: int,
+               engine: Engine | None = None) -> list[Episode]:
+    """The episodes of `attempt(env, seed, member)`, for a group of `size` members at each task.
+
+    With n processes, each plays every n-th group, and all get all episodes.
+    """
+    async def numbered(group: int, member: int) -> Episode:
+        env, seed = tasks[group]
+        episode = await attempt(env, seed, member)
+        episode.env, episode.group, episode.member = env, group, member
+        return episode
+
     rank, world = ranks()
-    own = [start for i, start in enumerate(starts) if i // size % world == rank]
-    played = chain(*gather(play(own, at_once, engine)))
+    starts = []
+    for group in range(rank, len(tasks), world):
+        starts += [partial(numbered, group, member) for member in range(size)]
+    played = chain(*gather(play(starts, at_once, engine)))
     return sorted(played, key=lambda e: (e.group, e.member))
 
 
 def choose_tasks(setup: Setup, state: "State") -> list[tuple[str, int]]:
-    """(environment, seed) of each task of the next step."""
+    """(environment, seed) of each task of the next step. The environments take turns."""
+    names, number = list(setup.envs), setup.config.tasks_per_step
+    turns = range(state.step * number, (state.step + 1) * number)
+    counts = Counter(names[turn % len(names)] for turn in turns)
     tasks = []
-    for env, number in Counter(share_out(state.success, setup.config.tasks_per_step)).items():
-        training = seeds(setup.envs[env], evaluation=False, start=state.cursor[env])
-        tasks += [(env, seed) for seed in islice(training, number)]
+    for env, factory in setup.envs.items():
+        training = seeds(factory, evaluation=False, start=state.next_seed[env])
+        tasks += [(env, seed) for seed in islice(training, counts[env])]
     return tasks
-
-
-def share_out(success: dict[str, float], tasks: int) -> list[str]:
-    """The environments of a step's tasks: one task each, the others where most attempts fail.
-
-    None gets more than twice its even share. Where every attempt fails, the rewards of a group are
-    equal and teach nothing. Without a bound, a hopeless environment takes most of every step.
-
-    >>> share_out({"easy": 1.0, "hard": 0.5, "hopeless": 0.0}, 7)
-    ['easy', 'hard', 'hard', 'hopeless', 'hopeless', 'hopeless', 'hopeless']
-    """
-    most = math.ceil(2 * tasks / len(success))
-    counts = Counter(success.keys() if tasks >= len(success) else ())
-
-    def need(env: str) -> float:
-        return (1.05 - success[env]) / (counts[env] + 1)
-
-    while counts.total() < tasks:
-        counts[max((env for env in success if counts[env] < most), key=need)] += 1
-    return [env for env in success for _ in range(counts[env])]
 
 
 def evaluate(setup: Setup, final: bool = False) -> dict[str, dict[str, list[int]]]:
     """Successes on held-out tasks, the same in every run.
 
-    {environment: {"sampled": [0 or 1 for each task], "greedy": [...]}}. `final`: on the tasks that
-    no setting was chosen on (tests/evidence.py).
+    Returns {environment: {"sampled": [0 or 1 for each task], "greedy": [...]}}. With `final`, the
+    tasks are others: those that no setting was chosen on (tests/evidence.py).
     """
     tasks = []
     for env, factory in setup.envs.items():
@@ -418,9 +400,8 @@ def warm_start(setup: Setup) -> None:
 
 
 def demonstration_counts(setup: Setup) -> dict[str, int]:
-    """How many demonstrations of each environment that has a demonstrator."""
-    shown = [env for env, factory in setup.envs.items() if demonstrator(factory)]
-    weights = {env: DEMONSTRATED.get(env.partition(":")[0], 12) for env in shown}
+    """How many demonstrations to make of each environment that has a demonstrator."""
+    weights = {env: DEMONSTRATED.get(env.partition(":")[0], 12) for env in setup.demonstrated()}
     most = min(setup.config.warmup_updates * WARM_BATCH, MOST_DEMONSTRATIONS)
     return {env: round(most * weight / sum(weights.values())) for env, weight in weights.items()}
 
@@ -428,80 +409,63 @@ def demonstration_counts(setup: Setup) -> dict[str, int]:
 def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Episode]:
     """`counts` demonstrations of each environment, evenly mixed, for tasks from seed `start` on.
 
-    Raises UserError if a demonstrator fails.
+    A demonstrator plays the policy, in the same agent loop. Raises UserError if it fails.
     """
-    places = []
+    async def attempt(env: str, seed: int, member: int) -> Episode:
+        environment = setup.envs[env]()
+        rng = Random(f"demonstration {setup.config.seed} {seed}")
+        script = Script(setup.chat, demonstrator(setup.envs[env])(environment, rng))
+        try:
+            return await setup.agent(script).run(environment, seed)
+        except ValueError as e:
+            raise UserError(f"{env}: its demonstrator fails: {e}") from e
+
+    places = []  # (what share of its environment's tasks comes before it, environment, seed)
     for env, number in counts.items():
         tasks = islice(seeds(setup.envs[env], evaluation=False, start=start), number)
         places += [(i / number, env, seed) for i, seed in enumerate(tasks)]
-    places.sort(key=lambda place: place[0])  # stable: at equal places, the order of `counts`
-    starts = [partial(demonstrate, setup, env, seed, i) for i, (_, env, seed) in enumerate(places)]
-    return play_together(starts, at_once=64)
-
-
-async def demonstrate(setup: Setup, env: str, seed: int, group: int) -> Episode:
-    """One episode in which a demonstrator plays the policy, through the same agent loop."""
-    factory = setup.envs[env]
-    environment, rng = factory(), Random(f"demonstration {setup.config.seed} {seed}")
-    script = Script(setup.chat, demonstrator(factory)(environment, rng))
-    try:
-        episode = await setup.agent(script).run(environment, seed)
-    except ValueError as e:
-        raise UserError(f"{env}: its demonstrator fails: {e}") from e
-    episode.group = group
-    return episode
+    places.sort(key=lambda place: place[0])  # equal shares keep the order of `counts`
+    tasks = [(env, seed) for _, env, seed in places]
+    return play_tasks(tasks, 1, attempt, at_once=64)
 
 
 def imitate(model, shown: list[Episode], config: Config) -> None:
     """Make the demonstrators' messages likelier: the policy gradient with advantage 1 for all."""
-    right = fmean(e.success for e in shown)
-    print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right")
+    right, updates = fmean(e.success for e in shown), config.warmup_updates
+    print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right "
+          "(a default run spends 40 % of its time here)")
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0,
                       entropy_coef=0.0, tis_cap=None)
     optimizer, endless, began = Imitator(model, config), cycle(shown), time.perf_counter()
-    for step in range(1, config.warmup_updates + 1):
+    for step in range(1, updates + 1):
         rows = []
         for number, episode in enumerate(islice(endless, WARM_BATCH)):
             rows += grpo.episode_rows(episode, number, [1.0] * episode.turns)
         optimizer.set_lr(step)
         report = grpo.update(model, optimizer, rows, options)
-        if step == TIMED_UPDATES:
-            print(estimate((time.perf_counter() - began) / step, config))
-        if step % 50 == 0:
-            print(f"warm start {step}: {report['loss']:.3f} nats per token, "
-                  f"entropy {report['entropy']:.3f}")
-
-
-def estimate(update_seconds: float, config: Config) -> str:
-    """How long a run will take, from the seconds of an update of the warm start.
-
-    >>> estimate(0.2, resolve(Config()))
-    'on this machine the warm start takes about 2 minutes, the whole run about 5'
-    """
-    evaluations = 4 * config.eval_tasks * len(config.env)  # before and after, sampled and greedy
-    rest = UPDATES_PER_STEP * config.updates + UPDATES_PER_EPISODE * evaluations
-    warm = update_seconds / 60 * config.warmup_updates
-    whole_run = warm + update_seconds / 60 * rest
-    return (f"on this machine the warm start takes about {max(1, round(warm))} minutes, "
-            f"the whole run about {max(1, round(whole_run))}")
+        if step == 10 or step % 50 == 0:
+            minutes = (time.perf_counter() - began) / step * (updates - step) / 60
+            print(f"warm start {step} of {updates}: {report['loss']:.3f} nats per token, "
+                  f"entropy {report['entropy']:.3f}, about {minutes:.0f} minutes to go")
 
 
 class Imitator:
     """The optimizer of the warm start.
 
-    The weights of the small model begin random. Muon on the matrices of its layers learns to copy
-    in a third of the updates: it makes the momentum orthogonal, so that a matrix moves equally far
-    in all directions. All other weights have AdamW. So has the RL loop: rewards are noisy, and Muon
-    steps as far along noise as along signal. Both take the same learning rate.
+    The small model starts from random weights. Muon trains the matrices of its layers, and AdamW
+    all other weights, with the same learning rate. Muon makes the momentum orthogonal, so that a
+    matrix moves equally far in all directions. With it the model learns to copy in a third of the
+    updates. The RL loop uses AdamW for all weights: rewards are noisy, and Muon moves as far along
+    noise as along signal.
 
-    kellerjordan.github.io/posts/muon, scaled as in arXiv 2502.16982. Not torch.optim.Muon: it
-    multiplies in bfloat16, which most laptops' CPUs emulate slowly.
+    Muon: kellerjordan.github.io/posts/muon, scaled as in arXiv 2502.16982. Not torch.optim.Muon,
+    because it multiplies in bfloat16, which the CPUs of most laptops emulate slowly.
     """
 
     def __init__(self, model, config: Config):
         self.config, self.lr = config, 0.0
         layers = [] if config.model else grpo.masters(model.base_model.layers)
-        # Each matrix, with the average of its gradients.
+        # The average gradient of each matrix.
         self.averages = {p: torch.zeros_like(p) for p in layers if p.ndim == 2}
         others = [p for p in grpo.masters(model) if p not in self.averages]
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
@@ -522,9 +486,9 @@ class Imitator:
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """A matrix [M, N] with the same singular vectors, and singular values near 1.
+    """The matrix [M, N] with the singular vectors of x, and singular values near 1.
 
-    Five steps of a Newton-Schulz iteration.
+    It takes five steps of a Newton-Schulz iteration.
 
     >>> orthogonal(torch.tensor([[0.01, 0.0], [0.0, 0.02]])).round(decimals=1)
     tensor([[1.1000, 0.0000],
@@ -543,7 +507,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 # Environments and models
 
 
-def make_setup(config: Config, checkpoint: Path | None) -> Setup:
+def make_setup(config: Config, checkpoint: Path | None = None) -> Setup:
     """Raises EnvError for an environment that cannot be used, and UserError for a model."""
     envs = make_envs(config)
     try:
@@ -565,10 +529,10 @@ def make_envs(config: Config) -> dict[str, Callable]:
 def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
     """Raises ValueError for a model that cannot chat, or that the engine does not know."""
     known = model.get_input_embeddings().num_embeddings
-    if known < len(tokenizer):  # the other way round is common: vocabularies are rounded up
+    if known < len(tokenizer):  # more is common: a model's vocabulary is often rounded up
         raise ValueError(f"the model knows {known} tokens and its tokenizer has {len(tokenizer)}: "
                          "they do not belong together")
-    ends = model.generation_config.eos_token_id  # Llama 3 has several, its tokenizer knows one
+    ends = model.generation_config.eos_token_id  # Llama 3 has several; its tokenizer knows one
     ends = ends if isinstance(ends, list) else [ends]
     chat = Chat(tokenizer, set(ends) - {None})
     return chat, Engine(model, chat.stop_ids, slots=config.slots, context=config.context,
@@ -576,9 +540,9 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
 
 
 def load_model(config: Config, envs: dict[str, Callable], checkpoint: Path | None):
-    """(model, tokenizer): of a checkpoint, of a folder or hub id, or made here.
+    """(model, tokenizer): from a checkpoint, from a folder or hub id, or a small one made here.
 
-    Remote code is never run.
+    A model's own code is never run.
     """
     where, dtype = checkpoint or config.model, getattr(torch, config.dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -589,7 +553,8 @@ def load_model(config: Config, envs: dict[str, Callable], checkpoint: Path | Non
         model = small_model(len(tokenizer), config.seed).to(wide)
     model.to(config.device)
     if not config.model and config.device == "cpu":
-        # Its operations are too short to share the cores. grpo.py computes packs side by side.
+        # One operation of a small model is too short to share among cores. Instead, grpo.py
+        # computes whole packs side by side.
         torch.set_num_threads(1)
         keep_memory()
     grpo.compute_in(model, dtype)
@@ -599,18 +564,16 @@ def load_model(config: Config, envs: dict[str, Callable], checkpoint: Path | Non
 
 
 def keep_memory() -> None:
-    """Keep freed memory in this process. Else 40,000 page faults take a quarter of every update.
+    """Keep freed memory in this process. Without this, page faults take a quarter of each update.
 
-    glibc gives the memory of a large tensor back to the system when the tensor is freed, and asks
-    for it again for the next one.
+    glibc returns the memory of a large tensor to the system when the tensor is freed, and asks for
+    it again for the next tensor.
     """
+    settings = {-8: 1, -3: 2**25, -1: 2**31 - 1}  # arenas, mmap and trim thresholds: mallopt(3)
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # not glibc
-        return
-    arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # their numbers: see mallopt(3)
-    libc.mallopt(arena_max, 1)
-    libc.mallopt(mmap_threshold, 2**25)
-    libc.mallopt(trim_threshold, 2**31 - 1)
+    if hasattr(libc, "mallopt"):  # only glibc has it
+        for parameter, value in settings.items():
+            libc.mallopt(parameter, value)
 
 
 def read_model(where: Path | str, dtype: torch.dtype):
@@ -621,26 +584,26 @@ def read_model(where: Path | str, dtype: torch.dtype):
         reason = str(e).splitlines()[0]
         raise UserError(f"no causal language model at '{where}': want a Hugging Face folder, "
                         f"a hub id, or nothing for a small one ({reason})") from e
-    # Tensors of a file begin at odd addresses, where products differ in the last bit.
+    # Tensors that were read from a file are not aligned in memory. Their products may differ in
+    # the last bit from those of aligned ones, and a resumed run would differ, too.
     for p in model.parameters():
         p.data = p.data.clone()
     return model, tokenizer
 
 
 def load_reference(run: Path, model):
-    """The model before RL, frozen: the KL term keeps the policy near it."""
-    gather(None)  # the first process has written it by then
+    """The model before RL, frozen. The KL term keeps the policy near it."""
+    gather(None)  # wait until the first process has written it
     reference, _ = read_model(run / "checkpoints" / "step-000000", model.dtype)
     return reference.to(model.device).requires_grad_(False)
 
 
 def learn_tokenizer(envs: dict[str, Callable], config: Config):
     """A small tokenizer, learned from what the environments and their demonstrators write."""
-    spell = Chat(small_tokenizer([]))  # byte by byte
+    spell = Chat(small_tokenizer([]))  # a token for each byte
     setup = Setup(replace(config, context=10**6, max_new_tokens=10**5), envs, spell)
-    counts = {env: 300 for env, factory in envs.items() if demonstrator(factory)}
-    written = [segment.ids for episode in demonstrations(setup, counts, start=0)
-               for segment in episode.segments]
+    shown = demonstrations(setup, dict.fromkeys(setup.demonstrated(), 300), start=0)
+    written = [segment.ids for episode in shown for segment in episode.segments]
     for factory in envs.values():
         written += prompts(spell, factory, 50)
     return small_tokenizer(spell.tokenizer.decode(ids, skip_special_tokens=True) for ids in written)
@@ -654,18 +617,15 @@ def prompts(chat: Chat, factory: Callable, number: int) -> list[list[int]]:
 
 
 def check_fit(setup: Setup) -> None:
-    """Raise UserError if a task cannot fit the context, or a demonstrator fails.
-
-    Better now than in an hour.
-    """
+    """Raise UserError if a prompt leaves no room for a message, or if a demonstrator fails."""
     config = setup.config
     for env, factory in setup.envs.items():
         longest = max(len(ids) for ids in prompts(setup.chat, factory, 20))
         if longest + config.max_new_tokens > config.context:
             raise UserError(f"{env}: a prompt of {longest} tokens and a message of "
                             f"{config.max_new_tokens} do not fit --context {config.context}")
-        if config.warmup_steps and demonstrator(factory):
-            demonstrations(setup, {env: 10}, start=0)
+    if config.warmup_steps:
+        demonstrations(setup, dict.fromkeys(setup.demonstrated(), 10), start=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -673,7 +633,7 @@ def check_fit(setup: Setup) -> None:
 
 
 def measure(episodes: list[Episode]) -> dict[str, float]:
-    """A step's episodes as numbers: means over episodes, without those whose environment failed."""
+    """What the episodes of a step were like: means, without episodes whose environment failed."""
     values, rewards, finishes = defaultdict(list), defaultdict(list), Counter()
     for e in episodes:
         finishes[f"finish/{e.finish}"] += 1 / len(episodes)
@@ -702,7 +662,9 @@ def metric_line(m: dict) -> str:
 
 
 def record(e: Episode, advantage: float, step: int) -> dict:
-    """An episode as a line of episodes.jsonl.gz. No token is lost, so it can be read back:
+    """An episode as a line of episodes.jsonl.gz, complete: token by token, with all its numbers.
+
+    This reads a run's episodes:
 
         tokenizer = AutoTokenizer.from_pretrained("runs/0/checkpoints/step-000000")
         for line in gzip.open("runs/0/episodes.jsonl.gz", "rt"):
@@ -710,10 +672,7 @@ def record(e: Episode, advantage: float, step: int) -> dict:
             segments = [Segment(**s) for s in episode["segments"]]
             print(episode["reward"], tokenizer.decode(segments[0].ids))
     """
-    return {"step": step, "env": e.env, "seed": e.seed, "task": task_hash(e.task),
-            "group": e.group, "member": e.member, "reward": e.reward, "advantage": advantage,
-            "success": e.success, "finish": e.finish, "error": e.error, "turns": e.turns,
-            "segments": [asdict(segment) for segment in e.segments]}
+    return {"step": step, "advantage": advantage, "success": e.success, **asdict(e)}
 
 
 def append(path: Path, lines: list[dict]) -> None:
@@ -724,7 +683,7 @@ def append(path: Path, lines: list[dict]) -> None:
 
 
 def interval(successes: list[int]) -> list[float]:
-    """95 % interval of a success rate (Wilson).
+    """The 95 % interval of a success rate (Wilson's).
 
     >>> [round(x, 3) for x in interval([1] * 95 + [0] * 5)]
     [0.888, 0.978]
@@ -736,24 +695,33 @@ def interval(successes: list[int]) -> list[float]:
     return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
 
 
+def rates(scores: dict) -> dict[str, dict]:
+    """The success rates of each environment, from what `evaluate` returns."""
+    return {env: {"sampled": fmean(of["sampled"]), "interval": interval(of["sampled"]),
+                  "greedy": fmean(of["greedy"]), "tasks": len(of["sampled"])}
+            for env, of in scores.items()}
+
+
 def print_scores(scores: dict, when: str) -> None:
-    for env, s in scores.items():
-        low, high = interval(s["sampled"])
-        print(f"{when:>6}  {env:<16} held-out success: sampled {fmean(s['sampled']):6.1%} "
-              f"[{low:.1%}, {high:.1%}]  greedy {fmean(s['greedy']):6.1%}  "
-              f"({len(s['sampled'])} tasks)")
+    for env, rate in rates(scores).items():
+        low, high = rate["interval"]
+        print(f"{when:>6}  {env:<16} held-out success: sampled {rate['sampled']:6.1%} "
+              f"[{low:.1%}, {high:.1%}]  greedy {rate['greedy']:6.1%}  ({rate['tasks']} tasks)")
 
 
-def summarise(state: "State", after: dict, clock: "Clock", config: Config) -> dict:
-    summary = {}
-    for env, new in after.items():
-        old = state.before[env]
-        summary[env] = {
-            "before": fmean(old["sampled"]), "after": fmean(new["sampled"]),
-            "before_greedy": fmean(old["greedy"]), "after_greedy": fmean(new["greedy"]),
-            "ci_after": interval(new["sampled"]), "tasks": len(new["sampled"])}
-    return {"seconds": {"total": clock.total(), **clock.seconds}, "environments": summary,
-            "tokens": state.tokens, "seed": config.seed, "versions": versions()}
+def write_results(run: Path, setup: Setup, before: dict, after: dict, clock: "Clock") -> None:
+    """The last files of a run. summary.json is the very last: with it the run is finished."""
+    with atomic(run / "model") as folder:
+        save_model(folder, setup.model, setup.chat.tokenizer)
+    with atomic(run / "scores.json") as file:
+        file.write_text(json.dumps({"before": before, "after": after}))
+    clock.start("end")
+    summary = {"before": rates(before), "after": rates(after), "seed": setup.config.seed,
+               "seconds": {"total": clock.total(), **clock.seconds}, "versions": versions()}
+    with atomic(run / "summary.json") as file:
+        file.write_text(json.dumps(summary, indent=2))
+    print(f"{run}: {clock.total():.0f} s: "
+          + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items()))
 
 
 def versions() -> dict[str, str]:
@@ -800,10 +768,10 @@ def read_run(name: str) -> tuple[Path, Config]:
 
 
 def make_run(config: Config) -> Path:
-    """The folder of a new run: runs/NAME, or the first number that is free.
+    """Make the folder of a new run: runs/NAME, or the first number that is free.
 
-    It appears with its run.json, for it is made under another name and then renamed. No folder can
-    take the name of one that holds files. So two runs that start together get one each.
+    It is made under another name and renamed once it holds run.json. No folder can be renamed to
+    one that holds files. So two runs that start together get a folder each.
     """
     made = (RUNS / (config.name or "new")).with_name(f"partial-{os.getpid()}")
     with writing(RUNS / config.name):
@@ -817,6 +785,7 @@ def make_run(config: Config) -> Path:
 
 
 def rename_to_free(folder: Path, name: str) -> Path:
+    """Rename to runs/NAME, or without a name to the first number that is free."""
     for number in count():
         run = RUNS / (name or str(number))
         try:
@@ -827,7 +796,7 @@ def rename_to_free(folder: Path, name: str) -> Path:
 
 
 def lock_run(run: Path) -> IO:
-    """Keep other processes from going on with this run, until the file is closed."""
+    """Keep other processes away from this run until the returned file is closed."""
     file = (run / "run.json").open("r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -838,36 +807,23 @@ def lock_run(run: Path) -> IO:
 
 @dataclass
 class State:
-    """What a checkpoint holds beside the weights and the optimizer. Nothing in it is random."""
+    """How far a run has come. A checkpoint holds it, with the weights and the optimizer."""
 
     before: dict[str, dict[str, list[int]]]  # the scores after the warm start
-    success: dict[str, float]  # of each environment: a moving average over steps
-    cursor: dict[str, int]  # the seed at which the search for its next training task begins
-    written: dict[str, int] = field(default_factory=dict)  # sizes of the files that grow, in bytes
+    next_seed: dict[str, int]  # where to look for the next training task of each environment
     step: int = 0
-    tokens: int = 0  # sampled so far, without evaluations
-
-    def advance(self, tasks: list[tuple[str, int]], metrics: dict) -> None:
-        self.step = metrics["step"]
-        self.tokens += metrics["sampled_tokens"]
-        for env, seed in tasks:
-            self.cursor[env] = seed + 1
-        for env, old in self.success.items():
-            now = metrics.get(f"success/{env}", old)  # absent if all its attempts crashed
-            self.success[env] = old + 0.5 * (now - old)
 
 
 def save(run: Path, setup: Setup, state: State, optimizer, clock: Clock) -> None:
-    """A checkpoint: all that a run needs to go on, in a folder that is also the model's.
+    """Write a checkpoint: a Hugging Face folder of the model, and trainer.pt with all the rest.
 
-    Of the older ones the first and the newest stay.
+    Of the older checkpoints the first and the newest stay.
     """
-    files = [path for path in (run / METRICS, run / EPISODES) if path.exists()]
-    state = replace(state, written={path.name: path.stat().st_size for path in files})
-    with whole(run / "checkpoints" / f"step-{state.step:06d}") as folder:
+    written = {path.name: path.stat().st_size for path in run.glob("*.jsonl*")}
+    with atomic(run / "checkpoints" / f"step-{state.step:06d}") as folder:
         save_model(folder, setup.model, setup.chat.tokenizer)
-        torch.save({**asdict(state), "seconds": dict(clock.seconds),
-                    "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
+        torch.save({"state": asdict(state), "optimizer": optimizer.state_dict(),
+                    "seconds": dict(clock.seconds), "written": written}, folder / "trainer.pt")
     for old in sorted(run.glob("checkpoints/step-*"))[1:-KEEP]:
         shutil.rmtree(old)
 
@@ -880,33 +836,39 @@ def save_model(folder: Path, model, tokenizer) -> None:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """None if the run has not come that far. A folder that has this name is whole."""
-    return max(run.glob("checkpoints/step-*"), default=None)
+    """None if the run stopped in its warm start. Raises UserError if its checkpoints are gone."""
+    checkpoint = max(run.glob("checkpoints/step-*"), default=None)
+    if checkpoint is None and (run / METRICS).exists():
+        raise UserError(f"{run} has lost its checkpoints: there is nothing to go on from")
+    return checkpoint
 
 
 @contextmanager
-def whole(final: Path) -> Iterator[Path]:
-    """Where to write a file or folder. It gets its final name when it is whole.
+def atomic(final: Path) -> Iterator[Path]:
+    """Where to write a file or folder: under another name, which becomes the final one at the end.
 
-    So nobody finds half of it, whenever the run is killed. If the power fails, the newest
-    checkpoint may be lost, but no half of it is found: data reach the disk before the name does.
+    So nobody ever finds half of it, whenever the run is killed. The data reach the disk before the
+    name does. So a power failure may cost the newest checkpoint, but never leaves half of one.
     """
     written = final.with_name(f"partial-{final.name}")
     with writing(final):
         final.parent.mkdir(exist_ok=True)
-        shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(written, ignore_errors=True)  # left by a run that was killed
         try:
             yield written
             os.sync()
             shutil.rmtree(final, ignore_errors=True)
             written.rename(final)
         finally:
-            shutil.rmtree(written, ignore_errors=True)  # if it failed: the disk may be full
+            shutil.rmtree(written, ignore_errors=True)  # left if writing failed: make room
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write into one clear line. torch and safetensors raise their own errors."""
+    """Turn a failure to write into one clear line.
+
+    torch raises RuntimeError, and safetensors an error of its own.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
@@ -916,10 +878,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cut_off(run: Path, written: dict[str, int]) -> None:
-    """Cut the files that grow to their sizes at the checkpoint. Later steps will be made again."""
-    for path in (run / METRICS, run / EPISODES):
-        if path.exists():  # and no longer than it is: somebody may have emptied it
-            os.truncate(path, min(written.get(path.name, 0), path.stat().st_size))
+    """Cut metrics and episodes to their sizes at the checkpoint. Later steps are run again."""
+    for path in run.glob("*.jsonl*"):
+        # Never make it longer: somebody may have emptied it.
+        os.truncate(path, min(written.get(path.name, 0), path.stat().st_size))
 
 
 class CtrlC:
@@ -943,8 +905,8 @@ class CtrlC:
 def join(config: Config) -> None:
     """Meet the other processes, if torchrun has started several.
 
-    torchrun ends all of them when one has died. So nobody needs to give up waiting, however long
-    the tools of another take.
+    torchrun ends all processes when one dies. So none needs a time limit on waiting for the others,
+    whose tools may take long.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
@@ -958,7 +920,7 @@ def join(config: Config) -> None:
 
 
 def lost(reason: object) -> None:
-    """End this process at once: tools in other threads must not keep it alive."""
+    """End this process at once. Tools in other threads must not keep it alive."""
     sys.stderr.write(f"train.py: process {os.environ['RANK']} stops with the run ({reason}); "
                      "torchrun's report says who was the first. "
                      "To go on: torchrun ... train.py --resume RUN\n")

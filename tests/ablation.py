@@ -15,12 +15,7 @@ import train  # noqa: E402
 
 PLAIN = {"negative_weight": 1.0, "temperature": 1.0, "epochs": 1}
 VARIANTS = {"negative_weight": {"negative_weight": 1.0}, "temperature": {"temperature": 1.0}, "epochs": {"epochs": 1},
-            "curriculum": {}, "all": PLAIN}
-
-
-def even_shares(success: dict[str, float], tasks: int) -> list[str]:
-    """In place of train.share_out: as many tasks of each environment, however well it goes."""
-    return [list(success)[i % len(success)] for i in range(tasks)]
+            "all": PLAIN}
 
 
 def prepare(run: Path, name: str, options: dict) -> Path:
@@ -35,20 +30,19 @@ def prepare(run: Path, name: str, options: dict) -> Path:
 
 
 def row(name: str, run: Path) -> str:
-    environments = json.loads((run / "summary.json").read_text())["environments"]
-    after = {spec: of["after"] for spec, of in environments.items()}
-    greedy = [of["after_greedy"] for of in environments.values()]
+    rates = json.loads((run / "summary.json").read_text())["after"]
+    after = {spec: of["sampled"] for spec, of in rates.items()}
+    greedy = [of["greedy"] for of in rates.values()]
     worst = min(after, key=after.get)
     mean = sum(after.values()) / len(after)
     return f"| {name} | {mean:.1%} ({sum(greedy) / len(greedy):.1%}) | {worst} {after[worst]:.1%} |"
 
 
 def main() -> None:
-    run, share_out, rows = Path(sys.argv[1]), train.share_out, []
-    rows.append(row("the default", run))
+    run = Path(sys.argv[1])
+    rows = [row("the default", run)]
     for name, options in VARIANTS.items():
         variant = prepare(run, name, options)
-        train.share_out = even_shares if name in ("curriculum", "all") else share_out
         train.train(train.Config(resume=str(variant)))
         rows.append(row(f"without {name}", variant))
         print("\n".join(rows))

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, logging  # noqa: E402
 
 import rollout  # noqa: E402
-from rollout import Engine, Slots, play, small_model  # noqa: E402
+from rollout import Engine, PrefixCache, batched_generate, play, small_model  # noqa: E402
 from tools import Call, run_calls  # noqa: E402
 
 EPISODES, GROUP, TURNS, PROMPT, SAMPLED, OBSERVED = 64, 8, 4, 200, 50, 20
@@ -71,6 +71,16 @@ def here(engine: Engine, contexts: list[list[int]], turns: int = TURNS) -> list[
 
 def observe(vocab: int, contexts: list[list[int]], turn: int) -> list[list[int]]:
     return [ids + observation(vocab, n, turn) for n, ids in enumerate(contexts)]
+
+
+def static_batch(model, contexts: list[list[int]], turns: int = TURNS) -> list[list[int]]:
+    """`batched_generate` on the whole batch, once per turn: no reuse of keys and values."""
+    rngs = [Random(n) for n in range(len(contexts))]
+    for turn in range(turns):
+        messages = batched_generate(model, contexts, SAMPLED, set(), rngs)
+        longer = [ids + message.ids for ids, message in zip(contexts, messages, strict=True)]
+        contexts = observe(model.config.vocab_size, longer, turn)
+    return contexts
 
 
 def generate(model, contexts: list[list[int]], turns: int = TURNS) -> list[list[int]]:
@@ -139,6 +149,7 @@ def peers(model, rounds: int) -> None:
         print(f"  {EPISODES} episodes of {TURNS} turns, {group} with the same prompt")
         contexts = prompts(model.config.vocab_size, group)
         steps = {"this engine": partial(here, make_engine(model, EPISODES), contexts),
+                 "batched_generate, above it": partial(static_batch, model, contexts),
                  "generate": partial(generate, model, contexts)}
         try:
             [ids, *_] = generate_batch(model, contexts[:2], turns=1)
@@ -150,7 +161,7 @@ def peers(model, rounds: int) -> None:
         compare(race(steps, rounds), "this engine", EPISODES * TURNS * SAMPLED)
 
 
-class ForgetfulSlots(Slots):
+class ForgetfulSlots(PrefixCache):
     """A slot keeps nothing when its message is finished."""
 
     def release(self, slot: int) -> None:
@@ -162,13 +173,13 @@ def reuse(model, rounds: int) -> None:
     """What it saves to keep keys and values between turns."""
     contexts, engine = prompts(model.config.vocab_size, GROUP), make_engine(model, EPISODES)
 
-    def run(kind: type[Slots]) -> None:
-        rollout.Slots = kind  # an engine that forgets makes new ones
+    def run(kind: type[PrefixCache]) -> None:
+        rollout.PrefixCache = kind  # an engine that forgets makes a new one
         here(engine, contexts)
-        rollout.Slots = Slots
+        rollout.PrefixCache = PrefixCache
 
     print("  keys and values kept between turns")
-    steps = {"kept": partial(run, Slots), "forgotten": partial(run, ForgetfulSlots)}
+    steps = {"kept": partial(run, PrefixCache), "forgotten": partial(run, ForgetfulSlots)}
     compare(race(steps, rounds), "kept", EPISODES * TURNS * SAMPLED)
 
 

@@ -132,7 +132,7 @@ def choose(records: list[dict], env: str = "lookup") -> dict:
 
 
 def episode_of(record: dict) -> Episode:
-    """A line of episodes.jsonl.gz as an Episode. A record holds no counts of tool calls."""
+    """A line of episodes.jsonl.gz as an Episode, with what a transcript shows."""
     segments = [Segment(**segment) for segment in record["segments"]]
     return Episode(seed=record["seed"], segments=segments, reward=record["reward"],
                    finish=record["finish"], turns=record["turns"], env=record["env"])

@@ -253,6 +253,9 @@ def test_a_run_without_a_model_cannot_be_scored(whole, copy):
     run = copy("early")
     for path in ("checkpoints", "model"):
         shutil.rmtree(run / path)
+    with pytest.raises(train.UserError, match="runs/early has lost its checkpoints"):
+        train.score(train.Config(eval_only=str(run)))
+    (run / "metrics.jsonl").unlink()  # as in the warm start
     with pytest.raises(train.UserError, match="runs/early has no model yet: it stopped in its warm start, and --resume"):
         train.score(train.Config(eval_only=str(run)))
 

@@ -30,8 +30,10 @@ from grpo import GRPOConfig, Row, hidden_states, make_packs
 from kernels import linear_logps
 from rollout import (
     Engine,
-    SlotCache,
-    Slots,
+    KVCache,
+    Prefix,
+    PrefixCache,
+    batched_generate,
     cached_generate,
     check_model,
     plain_generate,
@@ -231,6 +233,22 @@ def test_contract_13_cached_generate_gives_what_plain_generate_gives(temperature
     assert reasons == {"stop", "length"}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_contract_13_batched_generate_gives_what_plain_generate_gives(temperature, attention,
+                                                                      monkeypatch):
+    """Neither padding nor a row whose message has ended changes the others. Nor an own stream."""
+    monkeypatch.setattr(torch.nn.functional, "softmax", float64_softmax)
+    model, stops = tiny(attn_implementation=attention), {3, 4, 5}
+    prompts = [tokens(3 + 4 * n, n) for n in range(8)]
+    rngs, alone = [Random(n) for n in range(8)], [Random(n) for n in range(8)]
+    outs = batched_generate(model, prompts, 9, stops, rngs, temperature)
+    for prompt, out, rng in zip(prompts, outs, alone):
+        assert same(out, plain_generate(model, prompt, 9, stops, rng, temperature))
+    assert {out.finish for out in outs} == {"stop", "length"}
+    assert [rng.random() for rng in rngs] == [rng.random() for rng in alone]
+
+
 def test_contract_05_an_episode_does_not_depend_on_its_neighbours():
     """The same tokens alone, among 64, in any order, in few slots or many, in a used engine."""
     prompts = [tokens(24, n % 4) + tokens(n % 7, 100) for n in range(64)]
@@ -317,29 +335,27 @@ def test_the_context_of_an_agent_at_its_tool_is_left_alone():
 
 
 def test_a_search_for_a_prefix_changes_nothing():
-    """Admission reads first (find_prefix, choose), then it writes (take)."""
-    slots = Slots(3, 8)
-    slots.take(1, [5, 6, 7, 8], 4)
-    slots.release(1)
-    slots.take(0, [5, 6], 2)
-    before = copy.deepcopy(vars(slots))
-    prefix = slots.find_prefix([5, 6, 7, 9])
-    assert (prefix.slot, prefix.length) == (1, 3)
-    assert not prefix.continues, "slot 1 also holds token 8, which another agent may need"
-    assert slots.choose(prefix) == 2, "the idle slot that was released first, or never used"
-    assert slots.find_prefix([5, 6, 7, 8, 9]).continues
-    assert all(np.array_equal(vars(slots)[name], value) for name, value in before.items())
+    """Admission reads first (find), then it writes (take)."""
+    prefixes = PrefixCache(3, 8)
+    prefixes.take(1, [5, 6, 7, 8], 4)
+    prefixes.release(1)
+    prefixes.take(0, [5, 6], 2)
+    before = copy.deepcopy(vars(prefixes))
+    prefix = prefixes.find([5, 6, 7, 9])
+    assert (prefix.source, prefix.length) == (1, 3)
+    assert prefix.target == 2, "slot 1 also holds token 8, which another agent may need"
+    assert prefixes.find([5, 6, 7, 8, 9]) == Prefix(source=1, length=4, target=1)
+    assert all(np.array_equal(vars(prefixes)[name], value) for name, value in before.items())
 
 
 def test_a_request_waits_for_a_prefix_that_another_prefill_computes():
     """If it saves enough tokens. A short prefix is not worth a pass."""
-    slots = Slots(2, 64)
-    slots.take(0, tokens(40), 0)
-    assert slots.find_prefix(tokens(20)).growing
-    assert not slots.find_prefix(tokens(10)).growing
-    slots.extend(0, tokens(40))
-    prefix = slots.find_prefix(tokens(20))
-    assert prefix.length == 19 and not prefix.growing
+    prefixes = PrefixCache(2, 64)
+    prefixes.take(0, tokens(40), 0)
+    assert prefixes.find(tokens(20)) is None
+    assert prefixes.find(tokens(10)).length == 0
+    prefixes.extend(0, tokens(40))
+    assert prefixes.find(tokens(20)).length == 19
 
 
 @pytest.mark.parametrize("most", [1, 7, 40])
@@ -384,7 +400,7 @@ def test_slots_survive_any_traffic(seed):
 
 def test_a_copy_takes_the_first_positions_of_keys_and_values():
     """Of all layers, and no more than asked for: the rest of the target stays."""
-    cache = SlotCache(2, 6)
+    cache = KVCache(2, 6)
     slot_numbers = torch.arange(2.0)[:, None, None, None].expand(2, 7, 2, 3)
     cache.layers = [[slot_numbers + 0, slot_numbers + 10], [slot_numbers + 20, slot_numbers + 30]]
     cache.copy(0, 1, 4)
@@ -423,7 +439,7 @@ def test_forget_forgets_all_keys_and_values():
 
 def test_after_an_update_slots_are_chosen_as_in_a_new_engine(monkeypatch):
     """A resumed run must repeat bit by bit what a run that was never stopped does."""
-    model, taken, take = tiny(seed=1), [], Slots.take
+    model, taken, take = tiny(seed=1), [], PrefixCache.take
 
     def noted(self, slot, ids, length):
         taken.append(slot)
@@ -434,7 +450,7 @@ def test_after_an_update_slots_are_chosen_as_in_a_new_engine(monkeypatch):
         play([partial(talk, eng, tokens(20) + tokens(5, n), n) for n in range(6)], 4)
         return list(taken)
 
-    monkeypatch.setattr(Slots, "take", noted)
+    monkeypatch.setattr(PrefixCache, "take", noted)
     used = engine(model, slots=3)
     play([ask(used, tokens(9, n), 9 - n, n) for n in range(3)], 3)  # slot 0 is released last
     with torch.no_grad():
@@ -449,6 +465,28 @@ def test_a_finished_message_frees_its_slot_at_once():
     eng = engine(slots=2)
     play([ask(eng, tokens(5, n), n, 0) for n in (6, 2, 2, 2)], 4)
     assert eng.stats["steps"] == 6
+
+
+def test_a_batch_waits_for_its_longest_message_and_the_engine_does_not(monkeypatch):
+    """Why the engine exists: 12 messages, 3 at a time, in batches and with continuous batching."""
+    stops, passes, forward = set(range(0, V, 5)), [], MODEL.base_model.forward
+
+    def counted(**kwargs):
+        passes.append(len(kwargs["input_ids"]))
+        return forward(**kwargs)
+
+    monkeypatch.setattr(MODEL.base_model, "forward", counted)
+    prompts, outs = [tokens(5 + n, n) for n in range(12)], []
+    for first in range(0, 12, 3):
+        numbers = range(first, first + 3)
+        outs += batched_generate(MODEL, [prompts[n] for n in numbers], 20, stops,
+                                 [Random(n) for n in numbers])
+    lengths = [len(out.ids) for out in outs]
+    assert passes == [3] * sum(max(lengths[n : n + 3]) for n in range(0, 12, 3))
+    eng = engine(stop=stops, slots=3)
+    assert all(same(*pair) for pair in
+               zip(play([ask(eng, ids, 20, n) for n, ids in enumerate(prompts)], 12), outs))
+    assert eng.stats["steps"] < 0.8 * len(passes)
 
 
 async def errand(eng, seconds, turns=3, log=None, name="", prompt=5):
@@ -521,7 +559,7 @@ def test_agents_that_are_slow_to_begin_are_waited_for_within_the_window():
 
 def test_requests_are_admitted_in_the_order_of_their_agents(monkeypatch):
     """Tools return in any order. Rounding depends on the slot, so slots must not depend on that."""
-    eng, admitted, take = engine(rejoin_window=2.0), [], Slots.take
+    eng, admitted, take = engine(rejoin_window=2.0), [], PrefixCache.take
 
     def noted(self, slot, ids, length):
         admitted.append(ids[0])
@@ -531,7 +569,7 @@ def test_requests_are_admitted_in_the_order_of_their_agents(monkeypatch):
         await asyncio.sleep(seconds)
         await eng.generate([first_token, 7, 8], 2, rng=Random(0))
 
-    monkeypatch.setattr(Slots, "take", noted)
+    monkeypatch.setattr(PrefixCache, "take", noted)
     play([partial(late, n, seconds) for n, seconds in enumerate((0.04, 0.001, 0.02, 0))], 4, eng)
     assert admitted == [0, 1, 2, 3]
 
@@ -566,6 +604,32 @@ def test_every_agent_that_waits_hears_of_a_failing_pass(when, monkeypatch):
     assert play([partial(heard, seed) for seed in range(12)], 12) == ["heard"] * 12
     for seed, out in enumerate(play([ask(eng, tokens(30), 5, seed) for seed in range(3)], 3)):
         assert same(out, plain(tokens(30), 5, seed))
+
+
+def test_an_agent_whose_message_ended_in_a_failing_step_hears_of_it(monkeypatch):
+    """Its prefill gave the only token it wanted. Then the decode of the others failed: it hung."""
+    eng, prefilled, forward = engine(), [], MODEL.base_model.forward
+
+    def broken(**kwargs):
+        if prefilled:
+            raise RuntimeError("out of memory")
+        if kwargs["input_ids"].shape[1] == 20:
+            prefilled.append("the short one")
+        return forward(**kwargs)
+
+    async def long():
+        await eng.generate(tokens(30), 90, rng=Random(0))
+
+    async def short():
+        while not eng.stats["sampled_tokens"]:
+            await asyncio.sleep(0)
+        await eng.generate(tokens(20, 1), 1, rng=Random(1))
+
+    async def scene():
+        return await asyncio.wait_for(asyncio.gather(long(), short(), return_exceptions=True), 20)
+
+    monkeypatch.setattr(MODEL.base_model, "forward", broken)
+    assert [str(error) for error in asyncio.run(scene())] == ["out of memory"] * 2
 
 
 def test_logits_that_are_not_finite_are_an_error():

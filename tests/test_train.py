@@ -76,8 +76,11 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert wanted <= set(metrics[0])
     summary = json.loads((run / "summary.json").read_text())
     scores = json.loads((run / "scores.json").read_text())["after"]["calculator:digits=1"]["sampled"]
-    assert len(scores) == 4 and sum(scores) / 4 == summary["environments"]["calculator:digits=1"]["after"]
-    assert set(summary["environments"]["calculator:digits=1"]) == {"before", "after", "before_greedy", "after_greedy", "ci_after", "tasks"}
+    assert set(summary) == {"before", "after", "seed", "seconds", "versions"}
+    after = summary["after"]["calculator:digits=1"]
+    assert len(scores) == 4 == after["tasks"] and sum(scores) / 4 == after["sampled"]
+    for when in ("before", "after"):
+        assert set(summary[when]["calculator:digits=1"]) == {"sampled", "interval", "greedy", "tasks"}
 
 
 def test_every_episode_is_kept_token_by_token(finished):
@@ -105,7 +108,7 @@ def test_episodes_are_read_back_as_they_were(tmp_path, monkeypatch, capsys):
         e.segments = [first, second]
     for e in episodes:
         train.append(Path("runs/0", train.EPISODES), [train.record(e, 0.5, 1)])
-    reader = textwrap.dedent(inspect.getdoc(train.record).split("\n\n")[1])
+    reader = textwrap.dedent(inspect.getdoc(train.record).split("\n\n")[2])
     names = {"AutoTokenizer": train.AutoTokenizer, "Segment": Segment, "gzip": gzip, "json": json, "found": []}
     exec(reader + "\n    found.append(segments)", names)
     assert names["found"] == [e.segments for e in episodes]
@@ -132,9 +135,9 @@ def test_the_model_loads_as_a_hugging_face_folder_and_is_scored_again(finished, 
     folder = finished[0]
     code, out, _ = here(folder, "--eval-only", "runs/whole", "--eval-tasks", "4")
     assert code == 0
-    after = json.loads((folder / "runs/whole/summary.json").read_text())["environments"]["calculator:digits=1"]
+    after = json.loads((folder / "runs/whole/summary.json").read_text())["after"]["calculator:digits=1"]
     sampled, greedy = (float(x) / 100 for x in re.search(r"sampled +([\d.]+)%.*greedy +([\d.]+)%", out).groups())
-    assert (sampled, greedy) == (after["after"], after["after_greedy"])
+    assert (sampled, greedy) == (after["sampled"], after["greedy"])
 
 
 def test_the_evidence_counts_each_task_once(finished, monkeypatch, capsys):
@@ -432,18 +435,26 @@ def test_recall_cannot_be_answered_from_the_window_of_the_default_run():
         assert any(fact in text for text in seen[:-1]) and fact not in seen[-1] and "Where does" in seen[-1]
 
 
-def test_the_tasks_of_a_step_go_where_attempts_fail():
-    """And to every environment one, else what is forgotten would not be noticed."""
-    assert train.share_out({"a": 1.0, "b": 1.0, "c": 0.0}, 6) == ["a", "b", *"cccc"]
-    assert train.share_out({"a": 0.0, "b": 0.0}, 4) == ["a", "a", "b", "b"] and train.share_out({"a": 1.0, "b": 0.2}, 1) == ["b"]
+def test_environments_take_turns_and_no_task_comes_twice():
+    """Whether or not the environments divide the tasks of a step: over three steps of two, each of three has two."""
+    config = train.resolve(train.Config(env=["calculator", "maze", "chain"], tasks_per_step=2))
+    setup = train.Setup(config, train.make_envs(config), chat=None)
+    state, steps = train.State({}, dict.fromkeys(config.env, 10**6)), []
+    for step in range(3):
+        state.step = step
+        tasks = train.choose_tasks(setup, state)
+        state.next_seed.update({env: seed + 1 for env, seed in tasks})
+        steps.append(tasks)
+    assert [[env for env, _ in tasks] for tasks in steps] == [["calculator", "maze"], ["calculator", "chain"], ["maze", "chain"]]
+    assert len({task for tasks in steps for task in tasks}) == 6
+    assert all(seed >= 10**6 for tasks in steps for _, seed in tasks)
 
 
-def test_an_environment_gets_at_most_twice_its_even_share():
-    """One in which nothing succeeded took 13 of 18 tasks, and taught nothing: its groups had no spread."""
-    counts = Counter(train.share_out({"hopeless": 0.0, **dict.fromkeys("abcde", 0.95)}, 18))
-    assert counts["hopeless"] == 6 and counts.total() == 18 and min(counts.values()) >= 2
-    assert len(train.share_out(dict.fromkeys("abcdef", 0.0), 1)) == 1, "fewer tasks than environments"
-    assert train.share_out({"only": 0.0}, 5) == ["only"] * 5
+def test_tasks_are_shared_out_evenly():
+    config = train.resolve(train.Config())
+    setup = train.Setup(config, train.make_envs(config), chat=None)
+    tasks = train.choose_tasks(setup, train.State({}, dict.fromkeys(config.env, 0)))
+    assert Counter(env for env, _ in tasks) == dict.fromkeys(config.env, 3)
 
 
 # ---- records ----
@@ -460,9 +471,10 @@ def test_a_run_of_a_minute_learns(tmp_path):
     """Success on held-out tasks must rise by 25 points, sampled, by reinforcement learning alone: after the warm start."""
     out = command(ROOT / "train.py", "--name", "short", *LEARNING, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
-    scores = json.loads((tmp_path / "runs/short/summary.json").read_text())["environments"]["calculator:digits=2"]
-    assert scores["before"] <= 0.5
-    assert scores["after"] >= scores["before"] + 0.25, scores
+    summary = json.loads((tmp_path / "runs/short/summary.json").read_text())
+    before, after = (summary[when]["calculator:digits=2"]["sampled"] for when in ("before", "after"))
+    assert before <= 0.5
+    assert after >= before + 0.25, (before, after)
 
 
 LEARNING = ["--env", "calculator:digits=2", "--warmup-steps", "120", "--steps", "12", "--eval-tasks", "60"]
