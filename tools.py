@@ -1,36 +1,32 @@
 """Functions as tools: describe them to a model, read the calls it writes, run them under limits.
 
-    schema     a function with type hints and a docstring -> the JSON description of a tool
+    schema     a function with type hints and a docstring -> the JSON description in the prompt
     tools_of   an object, such as an environment -> its public methods, as tools
     parse      the text of a sampled message -> its thinking, its text and its calls
-    run_calls  calls -> observations: text that the policy reads next
+    run_calls  calls -> observations: text that agent.py appends for the policy to read
 
-The idea: a policy that explores writes broken calls, so *nothing it writes may raise*. What is
-wrong with a call becomes its observation, and says how to write it right. The episode goes on, and
-the policy can learn from it. `plain_run` shows this in a few lines. All else here is for the many
-ways in which a call can go wrong. Two tools stand at the end: `calculator` and `python`.
+The idea to take away: a policy that explores writes broken calls, so *nothing it writes may raise*.
+What is wrong with a call, and how to write it right, becomes an observation. The episode goes on,
+and the policy can learn from it. `plain_run` shows this in a few lines. Below the ruler stands the
+version that survives a policy in training. Two tools follow: `calculator` and `python`.
 
-A time limit here abandons a thread. It cannot kill one, and the thread may still change what it
-holds. A tool that may hang for ever belongs in a child process, as `python` shows. An `async def`
-tool must await, not block.
+Left out: killing a thread. A tool that takes too long is abandoned, and its thread runs on. Worse,
+all threads share one interpreter, and only one of them runs Python at a time (the GIL). A single
+call into C may hold it: `re.search("(a+)+$", "a" * 40 + "b")` stops the whole process for hours,
+and no time limit can end it. A tool that matches a pattern the policy wrote, or that may crash,
+belongs in a child process. `python` shows how. An `async def` tool must await, not block.
 
-Threads share one interpreter, and only one of them runs Python at a time (the GIL). A single call
-into C may keep it for hours: `re.search("(a+)+$", "a" * 40 + "b")` does. Then nothing else runs,
-and nobody notices that the call's time is over. So a tool that matches a pattern which the policy
-wrote belongs in a child process, too.
-
-agent.py uses this file. `python tools.py` shows a message and what comes of its calls. To use the
-file elsewhere, copy it alone: it needs the standard library and one helper of transformers.
+Run it alone: `python tools.py`. Copy it alone: it needs the standard library and one helper of
+transformers.
 """
 
 import _thread
 import ast
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import contextvars
-import copy
-import functools
 import inspect
 import json
 import math
@@ -40,89 +36,89 @@ import platform
 import re
 import select
 import shutil
-import signal
 import struct
 import subprocess
 import threading
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from transformers.utils import get_json_schema
 
 # --------------------------------------------------------------------------------------------------
-# The idea
+# The idea, in plain code
+
+
+def schema(function: Callable) -> dict:
+    """The description of a tool, in the form that chat templates and APIs take.
+
+    Raises what `get_json_schema` raises if a type hint or a docstring is missing.
+
+    >>> schema(calculator)["function"]["parameters"]["required"]
+    ['expression']
+    """
+    described = get_json_schema(function)
+    described["function"].pop("return", None)  # APIs refuse this key
+    return described
 
 
 def plain_run(text: str, tools: Mapping[str, Callable]) -> list[str]:
-    """Run the calls in a message. Each gives one observation, also if it is broken.
+    """Find the calls in a message, run them one by one, and answer each with a text.
 
-    >>> good = '<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>'
-    >>> plain_run(good + "<tool_call>oops</tool_call>", {"calculator": calculator})
-    ['42', 'error: JSONDecodeError: Expecting value: line 1 column 1 (char 0)']
+    The prompt has shown the policy the `schema` of each tool, so it writes calls like this one:
+
+    >>> message = format_call("calculator", expression="6*7")
+    >>> print(message)
+    <tool_call>
+    {"name": "calculator", "arguments": {"expression": "6*7"}}
+    </tool_call>
+    >>> plain_run("I need a tool. " + message, {"calculator": calculator})
+    ['42']
     """
     observations = []
     for block in re.findall("<tool_call>(.*?)</tool_call>", text, re.DOTALL):
         try:
             call = json.loads(block)
-            observations.append(str(tools[call["name"]](**call["arguments"])))
+            function = tools[call["name"]]
+            result = function(**call["arguments"])
+            observations.append(str(result))
         except Exception as error:
             observations.append(f"error: {type(error).__name__}: {error}")
     return observations
 
 
 # ==================================================================================================
-# The same for a policy that tries everything: calls in its thoughts, unclosed tags, wrong types,
-# tools that hang, flood or exit. On a well-formed message both say the same (a test compares them).
+# plain_run is right for a good message. A policy in training also causes what stands on the left:
+#
+#   a call inside <think>, which is only a thought        parse leaves it alone
+#   "error: KeyError: 'name'", which teaches nothing      parse says what to write instead
+#   a megabyte of "<tool_call>", quadratic for findall    parse takes linear time
+#   a tool that hangs, and the training with it           run_calls abandons it after a time limit
+#   a tool that calls sys.exit, or returns a gigabyte    run_calls answers with an error, or clips
+#   several slow calls in one message                     run_calls runs them at once
+#   a program as an argument                              `python` runs it in a sandbox
 # ==================================================================================================
 
-# --------------------------------------------------------------------------------------------------
-# Describe
 
-
-def schema(function: Callable) -> dict:
-    """The description of a tool, in the form that chat templates and APIs take.
-
-    Raises if a type hint or a docstring is missing.
-
-    >>> schema(calculator)["function"]["parameters"]["required"]
-    ['expression']
-    """
-    # Cached by the function of a bound method. By the method, each environment would stay alive.
-    return copy.deepcopy(_schema(getattr(function, "__func__", function)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _schema(function: Callable) -> dict:
-    described = get_json_schema(function)
-    described["function"].pop("return", None)  # APIs refuse this key
-    return described
-
-
-def tools_of(obj: object,
-             reserved: Sequence[str] = ("reset", "get_reward")) -> dict[str, Callable]:
+def tools_of(obj: object, reserved: Sequence[str] = ("reset", "get_reward")) -> dict[str, Callable]:
     """The public methods of an object, base classes first, in the order of their definition.
 
-    >>> class Shop:
-    ...     def price(self): ...
-    ...     def _secret(self): ...
-    >>> list(tools_of(Shop()))
-    ['price']
+    >>> class Door:
+    ...     def open(self) -> str: ...
+    ...     def _creak(self) -> str: ...
+    >>> list(tools_of(Door()))
+    ['open']
     """
     methods = {}
     for cls in reversed(type(obj).__mro__[:-1]):  # the last class is `object`
         for name in vars(cls):
-            if not name.startswith("_") and name not in reserved and _is_method(type(obj), name):
+            if name.startswith("_") or name in reserved:
+                continue
+            # Look in the class: on the object, a property would run.
+            member = inspect.getattr_static(type(obj), name)
+            if inspect.isfunction(member) or isinstance(member, (staticmethod, classmethod)):
                 methods[name] = getattr(obj, name)
     return methods
-
-
-def _is_method(cls: type, name: str) -> bool:
-    # Asked of the class: on the object a property would run.
-    kind = type(inspect.getattr_static(cls, name))
-    return kind in (types.FunctionType, staticmethod, classmethod)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,15 +142,15 @@ class CallError:
 
 @dataclass
 class Message:
-    """A sampled message, taken apart to act on. Its ids, which are trained, stay as they are."""
+    """A sampled message, taken apart to act on. Training uses its ids, exactly as sampled."""
 
-    thinking: str  # inside <think>: never executed, and no part of an answer
-    text: str  # outside <think> and <tool_call>, stripped
-    calls: list[Call | CallError]  # in the order written, the broken ones among them
+    thinking: str  # inside <think>; its calls never run, and it is no part of an answer
+    text: str  # outside <think> and <tool_call>, without blanks around it
+    calls: list[Call | CallError]  # in the order written, also the broken ones
 
 
 def format_call(name: str, **arguments: Any) -> str:
-    """A call as Qwen, Hermes and many others write it. `parse` reads it back.
+    """A call as Qwen, Hermes and many others write it; `parse` reads it back.
 
     >>> print(format_call("search", query="rivers"))
     <tool_call>
@@ -162,73 +158,50 @@ def format_call(name: str, **arguments: Any) -> str:
     </tool_call>
     """
     text = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    # A tag inside an argument would end the block early. JSON may write "/" as "\/".
+    # A tag inside an argument would end the block early. JSON may write "/" as "\/": no tag then.
     for tag in ("tool_call>", "think>"):
         text = text.replace("</" + tag, "<\\/" + tag).replace("<" + tag, "\\u003c" + tag)
     return f"<tool_call>\n{text}\n</tool_call>"
 
 
-def parse(text: str, tools: Mapping[str, Callable] | Sequence[dict]) -> Message:
-    """Take a sampled message apart. Never raises; the time is linear in the length of the text.
+# A section that is never closed reaches to the end of the text (\Z). Each section therefore matches
+# where it begins, and no part of the text is read twice. Without \Z the time would be quadratic.
+_SECTION = re.compile(r"<think>(?P<thought>.*?)(?:</think>|\Z)"
+                      r"|<tool_call>(?P<block>.*?)(?P<close></tool_call>|\Z)", re.DOTALL)
 
-    `tools` is what `tools_of` gives, or a list of schemas. An unclosed <think> or <tool_call>
-    reaches to the end of the text. A </think> without a <think> closes one that the prompt opened,
-    as Qwen's does. A call inside <think> is no call.
+
+def parse(text: str, tools: Mapping[str, Callable] | Sequence[dict]) -> Message:
+    """Take a sampled message apart. Never raises; takes time linear in the length of the text.
+
+    `tools` is what `tools_of` gives, or a list of schemas. A <think> or <tool_call> that is never
+    closed reaches to the end of the text. A </think> with no <think> before it closes one that the
+    prompt opened, as Qwen's does. A call inside <think> is no call.
 
     >>> text = "<think>7*6?</think>So: " + format_call("calculator", expression="7*6")
-    >>> message = parse(text, [schema(calculator)])
-    >>> message.thinking, message.text, message.calls
-    ('7*6?', 'So:', [Call(name='calculator', arguments={'expression': '7*6'})])
-    >>> text = format_call("calculator", expression=42)
-    >>> print(parse(text, {"calculator": calculator}).calls[0].message)
-    argument "expression" of "calculator" must be string, not 42. Its arguments: expression (string)
+    >>> parse(text, [schema(calculator)])  # doctest: +NORMALIZE_WHITESPACE
+    Message(thinking='7*6?', text='So:',
+            calls=[Call(name='calculator', arguments={'expression': '7*6'})])
+    >>> parse(format_call("calculator"), {"calculator": calculator}).calls[0].message
+    '"calculator" needs the argument "expression". Its arguments: expression (string)'
     """
-    schemas = map(schema, tools.values()) if isinstance(tools, Mapping) else tools
+    schemas = [schema(tool) for tool in tools.values()] if isinstance(tools, Mapping) else tools
     functions = [tool["function"] for tool in schemas]
     parameters = {function["name"]: function.get("parameters", {}) for function in functions}
-    parts = _split(text)
-    calls = [_read_call(block.strip(), parameters) for block in parts.blocks]
-    if parts.unclosed:
-        calls[-1] = CallError("<tool_call> was opened but never closed: "
-                              "end the call with </tool_call>")
-    return Message("\n".join(parts.thoughts).strip(), parts.outside.strip(), calls)
-
-
-@dataclass
-class _Parts:
-    thoughts: list[str]  # the inside of each <think>
-    outside: str
-    blocks: list[str]  # the inside of each <tool_call>
-    unclosed: bool  # was the last <tool_call> left open?
-
-
-def _split(text: str) -> _Parts:
-    """Cut a message at its tags.
-
-    >>> _split("<think>a<tool_call></think>b<tool_call>c</tool_call>d<tool_call>e")
-    _Parts(thoughts=['a<tool_call>'], outside='bd', blocks=['c', 'e'], unclosed=True)
-    """
-    head, close, tail = text.partition("</think>")
-    thoughts, outside, blocks = [], [], []
-    if close and "<think>" not in head:  # the prompt opened it
-        thoughts, text = [[head]], tail
-    here, end = outside, ""
-    # One pass over all tags. To search for the next tag at each step would take quadratic time.
-    for piece in re.split("(</?think>|</?tool_call>)", text):
-        if here is outside and piece == "<think>":
-            here, end = [], "</think>"
-            thoughts.append(here)
-        elif here is outside and piece == "<tool_call>":
-            here, end = [], "</tool_call>"
-            blocks.append(here)
-        elif piece == end:
-            here, end = outside, ""
+    head, close, _ = text.partition("</think>")
+    if close and "<think>" not in head:
+        text = "<think>" + text
+    thoughts, calls = [], []
+    for section in _SECTION.finditer(text):
+        if section["thought"] is not None:
+            thoughts.append(section["thought"])
+        elif section["close"]:
+            calls.append(_read_call(section["block"].strip(), parameters))
         else:
-            here.append(piece)
-    return _Parts(["".join(thought) for thought in thoughts], "".join(outside),
-                  ["".join(block) for block in blocks], end == "</tool_call>")
+            calls.append(CallError(_UNCLOSED))
+    return Message("\n".join(thoughts).strip(), _SECTION.sub("", text).strip(), calls)
 
 
+_UNCLOSED = "<tool_call> was opened but never closed: end the call with </tool_call>"
 _FORM = 'Write {"name": ..., "arguments": {...}}'
 
 
@@ -237,16 +210,17 @@ class _Wrong(ValueError):
 
 
 def _read_call(block: str, parameters: dict[str, dict]) -> Call | CallError:
+    """The inside of one <tool_call>. `parameters` holds those of each tool, by its name."""
     try:
-        # Python also reads NaN, Infinity, 1e999 and a key given twice. Each would be a guess.
+        # Python also reads NaN, 1e999 and a key given twice. Each would be a guess at the meaning.
         found = json.loads(block, parse_constant=_finite, parse_float=_finite,
                            object_pairs_hook=_no_key_twice)
         return _check_call(found, parameters)
     except json.JSONDecodeError as error:
         near = _show(block[max(error.pos - 10, 0) : error.pos + 10])
         hint = "End each call with </tool_call>" if "<tool_call>" in block else _FORM
-        return CallError(f"not valid JSON: {error.msg} at character {error.pos}, near {near}. "
-                         f"{hint}")
+        where = f"at character {error.pos}, near {near}"
+        return CallError(f"not valid JSON: {error.msg} {where}. {hint}")
     except RecursionError:
         return CallError("the JSON of the call is nested too deeply")
     except ValueError as error:  # a _Wrong, or a number of thousands of digits
@@ -260,11 +234,12 @@ def _finite(number: str) -> float:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict:
-    counts = collections.Counter(key for key, _ in pairs)
-    for key, count in counts.items():
-        if count > 1:
+    found = {}
+    for key, value in pairs:
+        if key in found:
             raise _Wrong(f"the key {_show(key)} stands twice in one object: give it once")
-    return dict(pairs)
+        found[key] = value
+    return found
 
 
 def _check_call(found: Any, parameters: dict[str, dict]) -> Call:
@@ -276,79 +251,81 @@ def _check_call(found: Any, parameters: dict[str, dict]) -> Call:
             raise _Wrong(f'the call has no "{key}". {_FORM}')
     name, arguments = found["name"], found["arguments"]
     if not isinstance(name, str) or name not in parameters:
-        names = ", ".join(parameters) or "none"
-        raise _Wrong(f"there is no tool {_show(name)}. The tools: {names}")
+        known = ", ".join(parameters) or "none"
+        raise _Wrong(f"there is no tool {_show(name)}. The tools: {known}")
     if not isinstance(arguments, dict):
         raise _Wrong(f'"arguments" of "{name}" must be a JSON object, not {_show(arguments)}')
-    _check_arguments(name, arguments, parameters[name])
+    wrong = next(_misfits_of_call(name, arguments, parameters[name]), None)
+    if wrong:
+        specs = parameters[name].get("properties", {})
+        usage = ", ".join(f"{key} ({_in_words(spec)})" for key, spec in specs.items())
+        raise _Wrong(f"{wrong}. Its arguments: {usage or 'none'}")
     return Call(name, arguments)
 
 
-def _check_arguments(name: str, arguments: dict, parameters: dict) -> None:
-    specs = parameters.get("properties", {})
-    usage = ", ".join(f"{key} ({_kind(spec)})" for key, spec in specs.items())
-    usage = f"Its arguments: {usage or 'none'}"
+def _misfits_of_call(name: str, arguments: dict, parameters: dict) -> Iterator[str]:
+    """What is wrong with the arguments of a call, one thing after the other."""
     for key in parameters.get("required", []):
         if key not in arguments:
-            raise _Wrong(f'"{name}" needs the argument "{key}". {usage}')
+            yield f'"{name}" needs the argument "{key}"'
+    specs = parameters.get("properties", {})
     for key, value in arguments.items():
-        if key not in specs:
-            raise _Wrong(f'"{name}" has no argument {_show(key)}. {usage}')
-        wrong = _misfit(value, specs[key], f'argument "{key}" of "{name}"')
-        if wrong:
-            raise _Wrong(f"{wrong}. {usage}")
+        if key in specs:
+            yield from _misfits(value, specs[key], f'argument "{key}" of "{name}"')
+        else:
+            yield f'"{name}" has no argument {_show(key)}'
 
 
-_TYPES = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list,
-          "object": dict, "null": type(None)}
-
-
-def _misfit(value: Any, spec: dict, what: str) -> str:
-    """What is wrong with a value, or "": the part of JSON schema that type hints can express."""
-    if value is None and spec.get("nullable"):
-        return ""
+def _misfits(value: Any, spec: dict, what: str) -> Iterator[str]:
+    """What is wrong with a value. Checks the part of JSON schema that type hints can express."""
     if not _fits(value, spec):
-        return f"{what} must be {_kind(spec)}, not {_show(value)}"
-    if isinstance(value, list) and "items" in spec:
+        yield f"{what} must be {_in_words(spec)}, not {_show(value)}"
+    elif isinstance(value, list) and "items" in spec:
         for place, item in enumerate(value):
-            wrong = _misfit(item, spec["items"], f"item {place} of {what}")
-            if wrong:
-                return wrong
-    return ""
+            yield from _misfits(item, spec["items"], f"item {place} of {what}")
+
+
+_JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
+               dict: "object", type(None): "null"}
 
 
 def _fits(value: Any, spec: dict) -> bool:
-    kinds = _kinds(spec)
-    if kinds and not any(_is(value, kind) for kind in kinds):
+    """Does a value fit its schema? `_misfits` looks at the items of a list."""
+    if value is None and spec.get("nullable"):
+        return True
+    types = _types(spec)
+    if types and not any(_is(value, name) for name in types):
         return False
-    # True == 1 in Python, so the type is compared too.
+    # True == 1 in Python, so compare the type as well.
     if "enum" in spec and (type(value), value) not in [(type(one), one) for one in spec["enum"]]:
         return False
-    return "anyOf" not in spec or any(not _misfit(value, one, "") for one in spec["anyOf"])
+    options = spec.get("anyOf", [])
+    fitting = [option for option in options if not list(_misfits(value, option, ""))]
+    return not options or len(fitting) > 0
 
 
-def _is(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) and kind in ("integer", "number"):  # an int in Python, not in JSON
-        return False
-    return isinstance(value, _TYPES.get(kind, object))
+def _is(value: Any, name: str) -> bool:
+    """Has a value this JSON type? An integer is a number, too. All values have an unknown type."""
+    is_whole_number = type(value) is int and name == "number"
+    return is_whole_number or _JSON_TYPES[type(value)] == name or name not in _JSON_TYPES.values()
 
 
-def _kinds(spec: dict) -> list[str]:
-    kinds = spec.get("type", [])
-    return [kinds] if isinstance(kinds, str) else kinds
+def _types(spec: dict) -> list[str]:
+    """JSON schema gives a type or a list of types. If it gives none, any value fits."""
+    types = spec.get("type", [])
+    return [types] if isinstance(types, str) else types
 
 
-def _kind(spec: dict) -> str:
+def _in_words(spec: dict) -> str:
     """A schema in words: 'integer', 'array of string or null', 'one of "a", "b"'."""
+    if spec.get("nullable"):
+        return _in_words({**spec, "nullable": False}) + " or null"
     if "enum" in spec:
-        words = "one of " + ", ".join(map(_show, spec["enum"]))
-    elif "anyOf" in spec:
-        words = " or ".join(map(_kind, spec["anyOf"]))
-    else:
-        words = " or ".join(_kinds(spec)) or "anything"
-    if "items" in spec:
-        words += f" of {_kind(spec['items'])}"
-    return words + " or null" if spec.get("nullable") else words
+        return "one of " + ", ".join(_show(value) for value in spec["enum"])
+    if "anyOf" in spec:
+        return " or ".join(_in_words(option) for option in spec["anyOf"])
+    words = " or ".join(_types(spec)) or "anything"
+    return f"{words} of {_in_words(spec['items'])}" if "items" in spec else words
 
 
 def _show(value: Any) -> str:
@@ -364,149 +341,143 @@ def _show(value: Any) -> str:
 class Observation:
     """What one call gave, for the policy to read."""
 
-    text: str  # clipped and valid UTF-8. Untrusted: agent.py lets no control token come of it
-    error: bool  # nothing useful was done. Not: "the answer is wrong"
+    text: str  # clipped, valid UTF-8; untrusted, so agent.py encodes it without control tokens
+    error: bool  # the call was broken, raised or took too long; a wrong answer is no error
 
 
 async def run_calls(calls: Sequence[Call | CallError], tools: Mapping[str, Callable], *,
                     timeout: float = 10.0, max_chars: int = 2000,
                     max_calls: int = 16) -> list[Observation]:
-    """Run the calls of one message at once. One observation for each call, in call order.
+    """Run the calls of one message, all at once. Gives one observation per call, in call order.
 
-    Whatever a tool does, only its own call is affected. An exception (SystemExit too) is an error
-    observation. A call that takes more than `timeout` seconds is abandoned. A text over `max_chars`
-    loses its middle. Calls after the first `max_calls` do not run. Plain methods of one object take
-    turns in call order: two moves in a maze must not race. Raises only when it is cancelled itself,
-    or at Ctrl-C.
+    Whatever a tool does, only its own call is affected. (The exception: a tool that holds the
+    interpreter, see the top of this file.) An exception becomes an error observation, SystemExit
+    too. A call that takes longer than `timeout` seconds is abandoned. A text over `max_chars` loses
+    its middle. Calls after the first `max_calls` do not run. Plain methods of one object take turns
+    in call order: two moves in a maze must not race. This function raises only when it is cancelled
+    itself, or at Ctrl-C.
 
-    >>> good, bad = Call("calculator", {"expression": "6*7"}), CallError("not JSON")
-    >>> observations = asyncio.run(run_calls([good, bad], {"calculator": calculator}))
+    >>> calls = [Call("calculator", {"expression": "6*7"}), CallError("not JSON"),
+    ...          Call("calculator", {"expression": "1/0"})]
+    >>> observations = asyncio.run(run_calls(calls, {"calculator": calculator}))
     >>> [observation.text for observation in observations]
-    ['42', 'error: not JSON']
+    ['42', 'error: not JSON', 'error: ValueError: division by zero']
     """
-    turns = collections.defaultdict(asyncio.Lock)  # first come, first served
-
-    async def run(call: Call | CallError) -> Observation:
-        if isinstance(call, CallError):
-            return _failed(call.message)
-        if call.name not in tools:
-            return _failed("there is no such tool")
-        function = tools[call.name]
-        if inspect.iscoroutinefunction(function):
-            start = functools.partial(_start_task, function, call.arguments)
-            return await _limit(call.name, timeout, start)
-        work = functools.partial(_observe, functools.partial(function, **call.arguments))
-        async with turns[id(getattr(function, "__self__", call))]:
-            return await _limit(call.name, timeout, functools.partial(in_thread, work))
-
+    turns = collections.defaultdict(asyncio.Lock)  # by object; first come, first served
     too_many = CallError(f"only the first {max_calls} calls of a message are run")
-    calls = [*calls[:max_calls], *[too_many] * len(calls[max_calls:])]
-    observations = await asyncio.gather(*map(run, calls))
-    return [Observation(clip(seen.text, max_chars), seen.error) for seen in observations]
+    accepted = [call if place < max_calls else too_many for place, call in enumerate(calls)]
+    jobs = [_run_call(call, tools, timeout, turns) for call in accepted]
+    observations = await asyncio.gather(*jobs)
+    return [Observation(clip(one.text, max_chars), one.error) for one in observations]
 
 
-# The time limit of the call that runs here.
-_clock: contextvars.ContextVar[asyncio.Timeout] = contextvars.ContextVar("clock")
+async def _run_call(call: Call | CallError, tools: Mapping[str, Callable], timeout: float,
+                    turns: Mapping[int, asyncio.Lock]) -> Observation:
+    if isinstance(call, CallError):
+        return _failed(call.message)
+    if call.name not in tools:
+        return _failed("there is no such tool")
+    function = tools[call.name]
+    if inspect.iscoroutinefunction(function):
+        return await _in_time(_run_async(function, call.arguments), call.name, timeout)
+    owner = getattr(function, "__self__", call)  # a function that is no method waits for nobody
+    async with turns[id(owner)]:
+        job = in_thread(lambda: _run_plain(function, call.arguments))
+        return await _in_time(job, call.name, timeout)
 
 
-async def _limit(name: str, timeout: float, start: Callable[[], asyncio.Future]) -> Observation:
-    """The result of a call, if it comes in time."""
-    future = None
+def _run_plain(function: Callable, arguments: dict) -> Observation:
+    """Run a tool in this thread, which is the tool's own."""
     try:
-        async with asyncio.timeout(timeout) as clock:
-            _clock.set(clock)  # before the start: a task takes over the variables of this moment
-            future = start()
-            # Not `await future`: it waits for ever for a task that swallows its cancellation.
-            await asyncio.wait({future})
-    except TimeoutError:
-        if not future.done():  # it is, if only the event loop was late
-            return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
-    finally:
-        if future:
-            future.cancel()  # does nothing to one that is done
-    if future.cancelled():
-        return _failed(f"{name} was cancelled")
-    return _failed(future.exception()) if future.exception() else future.result()
+        return Observation(_as_text(function(**arguments)), error=False)
+    except BaseException as error:  # sys.exit() too
+        return _failed(describe(error))
 
 
-@contextlib.contextmanager
-def untimed() -> Iterator[None]:
-    """For an `async def` tool that waits for its turn: `with untimed(): await turn`.
-
-    Meanwhile the time limit of its call stands still.
-    """
-    clock = _clock.get(None)
-    if clock is None or clock.when() is None:  # no limit, or the call waits in another place too
-        yield
-        return
-    left = clock.when() - asyncio.get_running_loop().time()
-    clock.reschedule(None)
-    yield
-    clock.reschedule(asyncio.get_running_loop().time() + left)
-
-
-def _start_task(function: Callable, arguments: dict) -> asyncio.Task:
-    return asyncio.ensure_future(_await(function, arguments))
-
-
-async def _await(function: Callable, arguments: dict) -> Observation:
+async def _run_async(function: Callable, arguments: dict) -> Observation:
+    """Run an `async def` tool in the event loop."""
     try:
         result = await function(**arguments)
-    except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
-        raise  # meant for the event loop, in whose thread this is
-    except BaseException as error:  # a SystemExit would end the loop, and every other episode
-        return _failed(error)
+    except SystemExit as error:  # it would end the event loop and every other episode
+        return _failed(describe(error))
     # In a thread: a __str__ that hangs would stop the loop.
-    return await in_thread(lambda: _observe(lambda: result))
+    return await in_thread(lambda: _run_plain(lambda: result, {}))
 
 
-def _observe(produce: Callable[[], Any]) -> Observation:
-    """What `produce` returns or raises. For a thread of its own."""
+# The time limit of the call that runs here. `wait_for_turn` stops it.
+_time_limit = contextvars.ContextVar("time limit", default=None)  # an asyncio.Timeout
+
+
+async def _in_time(work: Awaitable[Observation], name: str, timeout: float) -> Observation:
+    """The result of `work`, or an error if it takes longer than `timeout` seconds."""
+    limit = asyncio.timeout(timeout)
+    _time_limit.set(limit)  # before the task is made, for it copies the context
+    future = asyncio.ensure_future(work)
     try:
-        return Observation(_as_text(produce()), error=False)
-    except BaseException as error:  # sys.exit() too: this thread is the tool's
-        return _failed(error)
+        async with limit:
+            # Not `await future`: that waits for ever for a task that swallows its cancellation.
+            await asyncio.wait({future})
+    except TimeoutError:
+        if not future.done():  # it is done if only the event loop was late
+            return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
+    finally:
+        future.cancel()  # does nothing to one that is done
+    if future.cancelled():
+        return _failed(f"{name} was cancelled")
+    if future.exception():
+        return _failed(describe(future.exception()))
+    return future.result()
+
+
+async def wait_for_turn(turn: asyncio.Event) -> None:
+    """For an `async def` tool: wait for an event. Meanwhile the time limit of its call is stopped.
+    """
+    limit = _time_limit.get()
+    if limit is None or limit.when() is None:  # no limit, or it is stopped already
+        await turn.wait()
+        return
+    loop = asyncio.get_running_loop()
+    left = limit.when() - loop.time()
+    limit.reschedule(None)
+    await turn.wait()
+    limit.reschedule(loop.time() + left)
 
 
 def in_thread(function: Callable[[], Any]) -> asyncio.Future:
     """Run `function` in a new thread. The future gets what it returns, or the Exception it raises.
 
-    Not a pool: a thread that hangs for ever would be missed there, and Python waits for pools and
-    for other threads at its exit. It does not wait for these.
+    Not a pool of threads: one that hangs for ever would be missing from the pool. And Python waits
+    for the threads of a pool before it exits, but not for this one.
     """
-    loop = asyncio.get_running_loop()
-    future, process = loop.create_future(), os.getpid()
+    result, process = concurrent.futures.Future(), os.getpid()
+    result.set_running_or_notify_cancel()  # whoever stops waiting does not stop the thread
 
     def work() -> None:
-        result = error = None
+        value = error = None
         try:
-            result = function()
+            value = function()
         except Exception as e:
             error = e
-        if os.getpid() != process:  # the function has forked us: the copy ends here
+        if os.getpid() != process:  # the function has forked, and this is the copy: it ends here
             os._exit(0)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(_deliver, future, result, error)
+        if error:
+            result.set_exception(error)
+        else:
+            result.set_result(value)
 
     try:
-        # Not threading.Thread: its start waits until the thread runs.
+        # Not threading.Thread: its start() would make the event loop wait until the thread runs.
         _thread.start_new_thread(work, ())
-    except RuntimeError as error:  # the system gives no more: abandoned threads may hold them all
-        future.set_exception(error)
-    return future
-
-
-def _deliver(future: asyncio.Future, result: Any, error: Exception | None) -> None:
-    if future.done():  # the call was abandoned
-        return
-    if error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+    except RuntimeError as error:  # no more threads: abandoned ones may hold them all
+        result.set_exception(error)
+    return asyncio.wrap_future(result)
 
 
 def _as_text(result: Any) -> str:
-    """Text as it is, None as "done", bytes decoded, else JSON, else `str`. May raise."""
+    """Text as it is, None as "done", bytes decoded, all else as JSON or, if that fails, as `str`.
+
+    May raise, for a __str__ may.
+    """
     if isinstance(result, str):
         return result
     if result is None:
@@ -521,9 +492,8 @@ def _as_text(result: Any) -> str:
         return str(result)
 
 
-def _failed(reason: BaseException | str) -> Observation:
-    """An error observation of one line, whatever the exception says."""
-    reason = describe(reason) if isinstance(reason, BaseException) else reason
+def _failed(reason: str) -> Observation:
+    """An error observation of one line."""
     return Observation(" ".join(f"error: {reason}".split()), error=True)
 
 
@@ -548,8 +518,8 @@ def clip(text: str, max_chars: int) -> str:
     """
     if len(text) > max_chars:
         tail = max_chars // 4
-        mark = f" [... {len(text) - max_chars:,} characters cut ...] "
-        text = text[: max_chars - tail] + mark + text[len(text) - tail :]
+        head, cut = max_chars - tail, len(text) - max_chars
+        text = f"{text[:head]} [... {cut:,} characters cut ...] {text[head + cut :]}"
     # A policy can write "\ud800" in JSON, which is half a character: no tokenizer takes it.
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -557,7 +527,7 @@ def clip(text: str, max_chars: int) -> str:
 # --------------------------------------------------------------------------------------------------
 # Tool: calculator
 
-_LIMIT = 10**300  # whole numbers below it fit a float, so no operation overflows on the way
+_LARGEST = 10**300  # whole numbers below it fit a float, so no operation overflows on the way
 
 
 def calculator(expression: str) -> str:
@@ -582,45 +552,44 @@ def calculator(expression: str) -> str:
         value = _evaluate(ast.parse(expression.strip(), mode="eval").body)
     except ZeroDivisionError:
         raise ValueError("division by zero") from None
-    except (RecursionError, MemoryError):  # MemoryError is how the parser says it
+    except (RecursionError, MemoryError):  # MemoryError is what Python's parser raises
         raise ValueError("the expression is nested too deeply") from None
     except OverflowError:
         raise ValueError("a number is too large: the limit is 10**300") from None
     except SyntaxError as error:
-        raise ValueError(f"not an arithmetic expression ({error.msg}): "
-                         f"{expression[:60]!r}") from None
-    if isinstance(value, float):
-        is_exact = value.is_integer() and abs(value) < 2**53
-        return str(int(value)) if is_exact else f"{value:.12g}"
-    return str(value)
+        shown = repr(expression[:60])
+        raise ValueError(f"not an arithmetic expression ({error.msg}): {shown}") from None
+    if isinstance(value, int):
+        return str(value)
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.12g}"
 
 
 def _evaluate(node: ast.AST) -> float:
-    """Computes the kinds of nodes below and refuses all others."""
+    """Computes numbers and the operations below, and refuses everything else."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         value = _OPERATIONS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = _evaluate(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
+        value = _OPERATIONS[type(node.op)](_evaluate(node.operand))
     else:
         raise ValueError("only numbers, + - * / // % ** and parentheses are allowed, "
                          f"not {ast.unparse(node)[:40]!r}")
-    if not abs(value) < _LIMIT:
+    if not abs(value) < _LARGEST:
         raise OverflowError
     return value
 
 
 def _divide(a: float, b: float) -> float:
-    # 10**30 / 10 as floats would lose the last digits.
-    exact = isinstance(a, int) and isinstance(b, int) and a % b == 0
-    return a // b if exact else a / b
+    if isinstance(a, int) and isinstance(b, int) and a % b == 0:
+        return a // b  # 10**30 / 10 as floats would lose the last digits
+    return a / b
 
 
 def _power(base: float, exponent: float) -> float:
     if base < 0 and exponent != int(exponent):
         raise ValueError("a negative number to the power of a fraction is not a real number")
-    # Asked before it is computed: 9**9**9 has 370 million digits.
+    # Checked before computing: 9**9**9 has 370 million digits.
     if abs(base) > 1 and exponent * math.log10(abs(base)) > 300:
         raise OverflowError
     return base**exponent
@@ -628,32 +597,26 @@ def _power(base: float, exponent: float) -> float:
 
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
                ast.Div: _divide, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-               ast.Pow: _power}
+               ast.Pow: _power, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 # --------------------------------------------------------------------------------------------------
 # Tool: python
 
-_SECONDS = 5  # of processor time, for each process of a program
-# By the clock, for a whole program: more, for it shares the cores. run_calls may end it earlier.
-_WALL_SECONDS = 8
-_OUTPUT = 100_000  # bytes
-_SCRATCH = 64 * 2**20  # bytes, held in memory
-# Of each process. But NPROC counts the processes and threads of a whole call, two of which are not
-# the program's.
-_LIMITS = {"CPU": _SECONDS, "AS": 512 * 2**20, "FSIZE": 16 * 2**20, "NOFILE": 64, "NPROC": 8,
+# Of each process of a program, by the names of setrlimit(2): seconds of processor time, bytes of
+# memory, bytes of a file, open files. NPROC alone is for the whole program: its processes and
+# threads, and two more that are not its own.
+_LIMITS = {"CPU": 5, "AS": 512 * 2**20, "FSIZE": 16 * 2**20, "NOFILE": 64, "NPROC": 8,
            "CORE": 0, "MSGQUEUE": 0}
+# Of a whole program:
+_WALL_SECONDS = 8  # by the clock; more than its processor time, for it shares the cores
+_OUTPUT = 100_000  # bytes
+_SCRATCH = 64 * 2**20  # bytes of the scratch folder, which lies in memory
 
-
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-# As many programs run at once, from whatever event loop. With more, all of them would be late.
-_SANDBOXES = ThreadPoolExecutor(cores(), "sandbox")
+# As many programs run at once as we may use cores. With more, all of them would be late. All event
+# loops share this bound. (macOS cannot tell the number, and has no sandbox.)
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+_SANDBOXES = concurrent.futures.ThreadPoolExecutor(_CORES, "sandbox")
 
 
 async def python(code: str) -> str:
@@ -670,18 +633,26 @@ async def python(code: str) -> str:
         ChildProcessError: The program failed or was stopped; with the last ten lines it wrote.
         RuntimeError: There is no sandbox here. The program was not run.
 
-    The program is a process of its own, in a sandbox that bubblewrap builds anew for each call. It
-    cannot read or write files other than those of the system's Python (read only) and a scratch
-    folder. It cannot see or signal other processes, reach a network or a socket, read our
-    environment, gain rights, take more time, memory, processes or disk than the limits above, or
-    outlive the call. As many programs run at once as there are cores. The others wait for their
-    turn: their time limits begin when they start. Limits: 5 seconds of processor time for each
-    process, 8 seconds by the clock for all.
+    Each process of the program may use 5 seconds of processor time, and the whole program 8 seconds
+    by the clock. As many programs run at once as there are processors. The others wait for their
+    turn, and their time limits begin when they start.
 
-    Not prevented: bugs of the kernel or of bubblewrap, and what processor caches give away; 8
-    processes that each take their share of time and memory (4 GB in all); for a moment, more inside
-    the kernel, for many small files say; reading what lies under /usr/lib. What it prints is
-    untrusted, like all text of an environment.
+    The program is a process in a sandbox. The program bubblewrap builds a new one for each call,
+    also when we are root. Inside, a program
+
+    - reads only the files of the system's Python, and writes only in a scratch folder;
+    - cannot see or signal other processes, nor reach a network or a socket;
+    - cannot read our environment variables, nor gain rights;
+    - cannot exceed the limits above, nor outlive the call, however the call ends.
+
+    The sandbox does not protect from these:
+
+    - bugs of the kernel or of bubblewrap, and what processor caches give away;
+    - up to 8 processes that each use all their time and memory (4 GB in all);
+    - for a moment, more memory in the kernel, for many small files (only a cgroup bounds that);
+    - a program that reads what lies under /usr/lib.
+
+    What a program prints is untrusted, like every observation.
     """
     loop, turn, stop = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
@@ -692,55 +663,24 @@ async def python(code: str) -> str:
     job = _SANDBOXES.submit(run)
     ended = asyncio.wrap_future(job)
     try:
-        with untimed():
-            await turn.wait()
+        await wait_for_turn(turn)
         await asyncio.wait({ended})
     except asyncio.CancelledError:
         stop.set()
-        # If it has begun, wait until nothing is left of it, even when we are cancelled once more.
-        while not job.cancel() and not ended.done():
+        has_begun = not job.cancel()
+        while has_begun and not ended.done():  # wait on, even when cancelled once more
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({ended})
         raise
     return _report(*ended.result())
 
 
-def _run_program(code: str, stop: threading.Event) -> tuple[bytes, int]:
-    """Run a program until it ends or `stop` is set. Returns what it wrote, and its exit code.
-
-    Blocks its thread. When it returns, nothing is left of the program.
-    """
-    process, printed = _start_sandbox(code), bytearray()
-    try:
-        while len(printed) <= _OUTPUT and not stop.is_set():
-            if _readable(process.stdout, seconds=0.05):
-                block = os.read(process.stdout.fileno(), 2**16)
-                if not block:
-                    break
-                printed += block
-    finally:
-        with contextlib.suppress(BrokenPipeError):  # it has ended
-            process.stdin.write(b"end")
-        # Until nobody holds the other end: then all that was inside is gone.
-        while _readable(process.stdout, seconds=10) and os.read(process.stdout.fileno(), 2**16):
-            pass
-        process.kill()  # nobody, unless bubblewrap itself hangs
-        status = process.wait()
-        process.stdin.close()
-        process.stdout.close()
-    return bytes(printed), status
-
-
-def _readable(pipe: BinaryIO, seconds: float) -> bool:
-    """Wait until there is something to read, or nobody holds the other end."""
-    poll = select.poll()  # not select.select, which refuses descriptors above 1023
-    poll.register(pipe, select.POLLIN)
-    return bool(poll.poll(1000 * seconds))
-
-
 def _report(printed: bytes, status: int) -> str:
     """What a program printed. Raises if it failed."""
     text = printed[:_OUTPUT].decode("utf-8", "replace")
+    reasons = {124: f"stopped after {_WALL_SECONDS} s",
+               137: f"killed, as a program is after {_LIMITS['CPU']} s of processor time"}
+    why = reasons.get(status, f"exit code {status}")
     if len(printed) > _OUTPUT:
         why = f"stopped, for it wrote more than {_OUTPUT:,} bytes"
     elif status == 0:
@@ -748,47 +688,93 @@ def _report(printed: bytes, status: int) -> str:
     elif text.startswith(("bwrap: ", "setpriv: ")):
         raise RuntimeError("no sandbox can be built here (bubblewrap needs user namespaces), "
                            f"so the program was not run: {text}")
-    elif status == 124:
-        why = f"stopped after {_WALL_SECONDS} s"
-    elif status == 128 + signal.SIGKILL:
-        why = f"killed, as a program is after {_SECONDS} s of processor time"
-    else:
-        why = f"exit code {status}"
-    last_lines = "\n".join(text.splitlines()[-10:])
-    raise ChildProcessError(f"{why}. It wrote: {last_lines or 'nothing'}")
+    last_lines = "\n".join(text.splitlines()[-10:]) or "nothing"
+    raise ChildProcessError(f"{why}. It wrote: {last_lines}")
+
+
+def _run_program(code: str, stop: threading.Event) -> tuple[bytes, int]:
+    """Run a program until it ends, or writes too much, or `stop` is set.
+
+    Returns what it wrote, and its exit code. This blocks its thread. When it returns, nothing is
+    left of the program.
+    """
+    printed, poll = bytearray(), select.poll()  # not select.select: no descriptors above 1023
+    with _start_sandbox(code) as process:  # its end waits for the process
+        poll.register(process.stdout, select.POLLIN)
+        while len(printed) <= _OUTPUT and not stop.is_set():
+            if poll.poll(50):  # milliseconds
+                block = process.stdout.read(2**16)
+                if not block:
+                    break
+                printed += block
+        with contextlib.suppress(BrokenPipeError):  # the program has ended
+            process.stdin.write(b"end")
+        # Until nobody holds the other end of the pipe: then all processes inside are gone.
+        while poll.poll(10_000) and process.stdout.read(2**16):
+            pass
+        process.kill()  # does nothing, unless bubblewrap itself hangs
+    return bytes(printed), process.returncode
 
 
 def _start_sandbox(code: str) -> subprocess.Popen:
-    # Not asyncio's: when that is cancelled at the start, it kills bubblewrap, whose inner half then
-    # sleeps for ever.
-    programs = [shutil.which(name) for name in ("bwrap", "setpriv")]
-    # Not the Python we run on: it may lie in somebody's home, which the program must not read.
-    programs.append(shutil.which("python3", path="/usr/bin:/usr/local/bin"))
-    if None in programs or platform.machine() not in _MACHINES:
+    """Start a program. Whatever is written to its standard input ends it (see `_supervise`).
+
+    Not asyncio's subprocess: cancelled while it starts, it kills bubblewrap, whose inner half then
+    sleeps for ever.
+    """
+    # Not the Python we run on. It may lie in a home folder, which the program's user must not read.
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    bwrap, setpriv = shutil.which("bwrap"), shutil.which("setpriv")
+    if None in (bwrap, setpriv, python) or platform.machine() not in _MACHINES:
         raise RuntimeError("model-written code runs in a sandbox only, and there is none here; "
-                           "the program was not run. "
-                           f"On Debian ({' or '.join(_MACHINES)}): apt-get install bubblewrap "
-                           "python3 util-linux")
-    with _nameless(code.encode("utf-8", "replace")) as program, _nameless(_forbid()) as rules:
-        files = program.fileno(), rules.fileno()
-        return subprocess.Popen(_sandboxed(*programs, *files), bufsize=0, cwd="/", pass_fds=files,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)
+                           f"the program was not run. On Debian ({' or '.join(_MACHINES)}): "
+                           "apt-get install bubblewrap python3 util-linux")
+    with _file_in_memory(code.encode("utf-8", "replace")) as program, \
+            _file_in_memory(_system_call_filter()) as rules:
+        files = (program.fileno(), rules.fileno())
+        command = _sandbox_command(bwrap, os.path.realpath(python), *files)
+        if os.geteuid() == 0:
+            # The kernel exempts root from the limit on processes, so become nobody first.
+            command = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+        return subprocess.Popen(command, bufsize=0, cwd="/", pass_fds=files, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def _nameless(content: bytes) -> BinaryIO:
-    """An open file in memory, for a child process that is told its number."""
+def _file_in_memory(content: bytes) -> BinaryIO:
+    """An open file without a name, for a child process that is told its descriptor."""
     file = open(os.memfd_create("nameless"), "w+b")
     file.write(content)
     file.seek(0)
     return file
 
 
-def _supervise(limits: dict[str, int], seconds: float) -> None:
-    """Process 1 of the sandbox: when it ends, the kernel ends all others, and then tells us.
+def _sandbox_command(bwrap: str, python: str, program: int, rules: int) -> list[str]:
+    """The command that runs an open file, `program`, under an open file of system call `rules`."""
+    command = [bwrap, "--unshare-all"]  # its own processes, network, IPC, host name and cgroups
+    # The user "nobody", who cannot become root in a new namespace.
+    command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns"]
+    command += ["--cap-drop", "ALL", "--hostname", "sandbox", "--clearenv"]
+    command += ["--new-session"]  # no terminal to type into
+    command += ["--as-pid-1"]  # _supervise must be process 1
+    command += ["--seccomp", str(rules)]
+    # The root is empty: no /proc, no /sys, no home, not a shell. The scratch folder comes first,
+    # for the other folders may lie below it.
+    command += ["--size", str(_SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    for path in ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/etc/ld.so.cache"):
+        command += ["--ro-bind-try", path, path]
+    command += ["--ro-bind", python, python, "--dev-bind", "/dev/null", "/dev/null"]
+    command += ["--perms", "0444", "--ro-bind-data", str(program), "/code.py"]
+    command += ["--remount-ro", "/"]  # it is a file system in memory as well, without a size
+    supervisor = inspect.getsource(_supervise) + f"_supervise({_LIMITS}, {_WALL_SECONDS})"
+    return [*command, python, "-I", "-S", "-B", "-c", supervisor]
 
-    Killing from outside would leave a moment in which something inside lives on. This function runs
-    there, from its source, so it imports for itself.
+
+def _supervise(limits: dict[str, int], seconds: float) -> None:
+    """Start the program inside the sandbox, and end when it ends, or is to end, or is out of time.
+
+    This runs as process 1 of the sandbox. When process 1 ends, the kernel ends all others first. To
+    kill bubblewrap from outside would leave a moment in which a process inside lives on. Only the
+    source of this function runs in the sandbox, so it imports what it needs.
     """
     import os
     import resource
@@ -800,87 +786,60 @@ def _supervise(limits: dict[str, int], seconds: float) -> None:
         for name, value in limits.items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-        os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", "-X", "utf8", "/code.py"])
+        python = sys.executable
+        os.execv(python, [python, "-I", "-S", "-B", "-X", "utf8", "/code.py"])
     ended = os.pidfd_open(program)
-    # 0: we are told to end, or nobody is left to tell us
+    # 0 is our input. It can be read when _run_program writes to it, or when it no longer exists.
     ready, _, _ = select.select([0, ended], [], [], seconds)
     code = 124  # as timeout(1) has it
     if ended in ready:
         code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-    os._exit(code if code >= 0 else 128 - code)  # as shells have it
+    os._exit(code if code >= 0 else 128 - code)  # a signal as shells have it
 
 
-def _sandboxed(bwrap: str, setpriv: str, python: str, program: int, rules: int) -> list[str]:
-    """The command that runs the open file `program` under the seccomp `rules`."""
-    python = os.path.realpath(python)
-    as_nobody, libraries = [], []
-    if os.geteuid() == 0:  # the kernel exempts root from the limit on processes
-        as_nobody = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
-    for path in ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/etc/ld.so.cache"):
-        libraries += ["--ro-bind-try", path, path]
-    return [
-        *as_nobody,
-        bwrap,
-        "--unshare-all",  # processes, network, IPC, host name, cgroups of its own
-        # Nobody, who cannot become root of a new namespace.
-        "--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns",
-        "--cap-drop", "ALL", "--hostname", "sandbox", "--clearenv",
-        "--new-session",  # no terminal to type into
-        "--as-pid-1",  # see _supervise, which also ends when we are killed
-        "--seccomp", str(rules),
-        # The root is empty: no /proc, no /sys, no home, not a shell. Scratch comes first, for the
-        # rest may lie below it.
-        "--size", str(_SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp",
-        *libraries,
-        "--ro-bind", python, python, "--dev-bind", "/dev/null", "/dev/null",
-        "--perms", "0444", "--ro-bind-data", str(program), "/code.py",
-        "--remount-ro", "/",  # it is a file system in memory as well, without a size
-        python, "-I", "-S", "-B", "-c",
-        inspect.getsource(_supervise) + f"_supervise({_LIMITS}, {_WALL_SECONDS})",
-    ]  # fmt: skip
-
-
-# The audit numbers of machines that the filter below knows.
-_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# System calls that namespaces and limits do not cover: their numbers on x86_64 and on aarch64.
+# System calls that namespaces and limits do not cover, with their numbers on x86_64 and aarch64.
 _FORBIDDEN = {
-    # sockets: some reach the hypervisor
+    # Make sockets, some of which reach the hypervisor.
     "socket": (41, 198),
-    # memory that belongs to no process, so no limit holds
+    # Take memory that belongs to no process, so that no limit counts it.
     "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
     "memfd_create": (319, 279), "memfd_secret": (447, 447),
-    # other processes of the call: process 1 must stay able to end them
+    # Stop or change process 1, which ends the program, or take its files.
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438), "setpriority": (141, 140), "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
-    # the keys of our session
+    "pidfd_getfd": (438, 438),
+    # Leave process 1 no processor time.
+    "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
+    # Use the keys of the session that we run in, which no namespace hides.
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    # large parts of the kernel that no such program needs
+    # Reach large parts of the kernel that no such program needs. This filter does not see the
+    # calls that io_uring makes.
     "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280), "perf_event_open": (298, 241),
     "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
 }
-# Instructions of the kernel's packet filter, and what the filter may answer (seccomp(2)).
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_KILL, _REFUSE, _ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
-_CALL_NUMBER, _MACHINE = 0, 4  # where they stand in what the filter is given
+# The kernel's numbers for the machines (audit.h).
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
-def _forbid() -> bytes:
-    """A seccomp filter: the forbidden calls fail with "Operation not permitted".
+def _system_call_filter() -> bytes:
+    """A seccomp filter: a small program that the kernel runs before each system call.
 
-    An instruction is (code, instructions to skip if true, if false, value).
+    It lets the forbidden calls fail with "Operation not permitted". A line of it is an operation,
+    the number of lines to skip if a comparison is true, the number to skip if it is false, and a
+    value. See seccomp(2).
     """
+    load, if_equal, if_at_least, answer = 0x20, 0x15, 0x35, 0x06
+    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
+    at_call_number, at_machine = 0, 4  # in what the kernel gives to the filter
     machine = platform.machine()
     column = list(_MACHINES).index(machine)
-    program = [
-        # 32-bit calls, and those of x32, have other numbers: a program that tries them is killed.
-        (_LOAD, 0, 0, _MACHINE), (_IF_EQUAL, 1, 0, _MACHINES[machine]), (_RETURN, 0, 0, _KILL),
-        (_LOAD, 0, 0, _CALL_NUMBER), (_IF_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL),
-    ]
+    # 32-bit code and x32 use other numbers for the same calls. A program that tries them is killed.
+    lines = [(load, 0, 0, at_machine), (if_equal, 1, 0, _MACHINES[machine]), (answer, 0, 0, kill),
+             (load, 0, 0, at_call_number), (if_at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]
     for numbers in _FORBIDDEN.values():
-        program += [(_IF_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _REFUSE)]
-    program.append((_RETURN, 0, 0, _ALLOW))
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+        lines += [(if_equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
+    lines.append((answer, 0, 0, allow))
+    return b"".join(struct.pack("=HBBI", *line) for line in lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -888,20 +847,20 @@ def _forbid() -> bytes:
 
 
 def _demo() -> None:
-    def slow() -> str:
+    def wait() -> str:
         """Never come back."""
         threading.Event().wait()
 
-    tools = {"calculator": calculator, "slow": slow}
+    tools = {"calculator": calculator, "wait": wait}
     print("A tool, described:\n" + json.dumps(schema(calculator), indent=2))
-    calls = [format_call("calculator", expression="2**100"), format_call("slow"),
-             format_call("calculator", expression="9**9**9"),
-             format_call("calculator", expression=1), "<tool_call>\n{oops}\n</tool_call>"]
-    text = "<think>Let me see.</think>I will call my tools.\n" + "\n".join(calls)
-    print(f"\nA message, as a model might write it:\n{text}")
+    good = "I will work it out.\n" + format_call("calculator", expression="2**100")
+    print(f"\nA message, as a model might write it:\n{good}\n  -> {plain_run(good, tools)}")
+    bad = [format_call("calculator", expression="9**9**9"), format_call("wait"),
+           format_call("calculator", expression=1), "<tool_call>\n{oops}\n</tool_call>"]
+    text = "\n".join([f"<think>Or {bad[0]}?</think>{good}", *bad])
     message = parse(text, tools)
-    print(f"\nIts thinking: {message.thinking!r}\nIts text: {message.text!r}")
-    print("Its calls, and what came of each:")
+    print(f"\nA message, as a model in training might write it:\n{text}\n\nTaken apart, and run:")
+    print(f"  thinking {message.thinking!r}\n  text {message.text!r}")
     observations = asyncio.run(run_calls(message.calls, tools, timeout=0.2))
     for call, observation in zip(message.calls, observations):
         print(f"  {call}\n    -> {observation.text!r}")

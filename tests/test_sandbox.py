@@ -485,7 +485,6 @@ def test_sandboxes_are_built_and_torn_down_beside_the_event_loop(monkeypatch):
 @needs_bubblewrap
 def test_the_limit_is_on_processor_time_and_a_wider_one_on_the_clock(monkeypatch):
     """A program that got half a processor was late by the clock, though not by its work."""
-    monkeypatch.setattr(tools, "_SECONDS", 1)
     monkeypatch.setitem(tools._LIMITS, "CPU", 1)
     loop = "print('a', flush=True)\nwhile True: pass"
     waits, works = observe("import time; time.sleep(1.5); print('ok')", loop)
@@ -591,7 +590,7 @@ def test_where_no_user_namespace_may_be_made_it_refuses(world):
 def test_the_prompt_describes_the_tool_and_does_not_say_how_it_is_kept_in():
     described = schema(tools.python)["function"]
     assert " ".join(described["description"].split()) == (
-        f"Run a Python program with the standard library, for at most {tools._SECONDS} seconds. What it prints comes back. "
+        f"Run a Python program with the standard library, for at most {tools._LIMITS['CPU']} seconds. What it prints comes back. "
         "Each run starts afresh.")  # fmt: skip
     assert list(described["parameters"]["properties"]) == ["code"]
 

@@ -1,4 +1,4 @@
-"""tools.py: schemas, parsing, calling under limits, the calculator and the search tool."""
+"""tools.py: schemas, parsing, calling under limits, the calculator. test_sandbox.py tests `python`."""
 
 import asyncio
 import collections
@@ -21,7 +21,6 @@ from typing import Any, Literal
 import pytest
 
 import tools
-from memory import Search
 from tools import (
     Call,
     CallError,
@@ -31,10 +30,11 @@ from tools import (
     clip,
     format_call,
     parse,
+    plain_run,
     run_calls,
     schema,
     tools_of,
-    untimed,
+    wait_for_turn,
 )
 
 
@@ -74,6 +74,13 @@ TOOLS = {"add": add, "look": look, "put": put}
 SCHEMAS = [schema(tool) for tool in TOOLS.values()]
 
 
+def wait_until(condition, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
 def block(text):
     return f"<tool_call>\n{text}\n</tool_call>"
 
@@ -90,14 +97,25 @@ def test_schema_is_the_form_apis_take():
 
 
 def test_schema_of_a_method_is_that_of_the_function_and_keeps_no_object_alive():
-    """A cache keyed by bound methods keeps every environment alive; a cached dict that one caller edits is wrong for all."""
-    search = Search(["a"])
-    described = schema(search.search)
-    assert list(described["function"]["parameters"]["properties"]) == ["query"]
+    """A cache by bound method kept each environment alive; an edit of its dict reached all callers.
+    """
+
+    class Desk:
+        def write(self, text: str) -> str:
+            """Write.
+
+            Args:
+                text: What to write.
+            """
+
+    desk = Desk()
+    described = schema(desk.write)
+    assert described == schema(Desk.write)
+    assert list(described["function"]["parameters"]["properties"]) == ["text"]
     described["function"]["name"] = "changed"
-    assert schema(search.search)["function"]["name"] == "search"
-    alive = weakref.ref(search)
-    del search
+    assert schema(desk.write)["function"]["name"] == "write"
+    alive = weakref.ref(desk)
+    del desk
     gc.collect()
     assert alive() is None
 
@@ -332,11 +350,16 @@ def mutate(rng, text):
 
 
 def blocks_by_definition(text):
-    """(what stands between <tool_call> and the next </tool_call> or the end, was it closed?), from the left, thoughts passed over."""
+    """What stands in each <tool_call>, and whether it was closed. Walks from tag to tag."""
     head, closed, tail = text.partition("</think>")
     rest = tail if closed and "<think>" not in head else text  # a thought that the prompt opened
-    found = re.finditer(r"(?s)<think>.*?(?:</think>|\Z)|<tool_call>(?P<block>.*?)(?P<end></tool_call>|\Z)", rest)
-    return [(match["block"].strip(), bool(match["end"])) for match in found if match["block"] is not None]
+    blocks = []
+    while found := re.search("<think>|<tool_call>", rest):
+        end = found[0].replace("<", "</")
+        inside, closed, rest = rest[found.end() :].partition(end)
+        if found[0] == "<tool_call>":
+            blocks.append((inside.strip(), bool(closed)))
+    return blocks
 
 
 def fuzz(seed, cases):
@@ -367,7 +390,35 @@ def fuzz(seed, cases):
 def test_fuzz_parse_never_raises_and_invents_no_call():
     """100,000 messages."""
     seen = fuzz(seed=1, cases=100_000)
-    assert min(seen[kind] for kind in ("Call", "CallError", "well-formed", "thoughts")) > 10_000, seen
+    kinds = ("Call", "CallError", "well-formed", "thoughts")
+    assert min(seen[kind] for kind in kinds) > 10_000, seen
+
+
+def well_formed(rng):
+    """A message of good calls, with the tools `add`, `look` and `fail`, and text between them."""
+    parts = []
+    for _ in range(rng.randrange(5)):
+        call = format_call("add", a=rng.randrange(9), b=rng.randrange(9) / 2)
+        parts += [rng.choice(["", "So: ", "\n"]), rng.choice([call, LOOK, format_call("fail")])]
+    return "".join(parts)
+
+
+def test_plain_run_is_parse_and_run_calls_on_a_well_formed_message():
+    """The plain version at the top of the file and the one below the ruler give the same answers.
+    """
+
+    def fail() -> str:
+        """Fail."""
+        raise KeyError("no")
+
+    toolbox, rng = {"add": add, "look": look, "fail": fail}, random.Random(5)
+    for _ in range(100):
+        text = well_formed(rng)
+        observations = run(parse(text, toolbox).calls, toolbox)
+        answers = plain_run(text, toolbox)
+        assert [observation.text for observation in observations] == answers
+        errors = [observation.error for observation in observations]
+        assert errors == [answer.startswith("error: ") for answer in answers]
 
 
 HOSTILE = {
@@ -586,7 +637,7 @@ print(f"{os.getpid()} is still one", file=sys.stderr)
     assert out.returncode == 0 and re.fullmatch(r"\d+ is still one\n", out.stderr), out.stderr
 
 
-def test_a_tool_that_ends_after_its_loop_is_closed_says_nothing(monkeypatch):
+def test_a_tool_that_ends_after_its_loop_is_closed_says_nothing(monkeypatch, caplog):
     """`call_soon_threadsafe` raises on a closed loop: tracebacks of threads filled the terminal after a run had ended."""
     release, said, idents = threading.Event(), [], []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
@@ -598,10 +649,8 @@ def test_a_tool_that_ends_after_its_loop_is_closed_says_nothing(monkeypatch):
     assert run([Call("late", {})], {"late": late}, timeout=0.05)[0].error
     assert idents[0] in sys._current_frames()
     release.set()
-    deadline = time.monotonic() + 5
-    while idents[0] in sys._current_frames() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert idents[0] not in sys._current_frames() and said == []
+    assert wait_until(lambda: idents[0] not in sys._current_frames())
+    assert said == [] and caplog.records == []
 
 
 def test_a_tool_that_ends_after_it_was_abandoned_says_nothing():
@@ -672,18 +721,15 @@ def test_a_tool_that_waits_for_its_turn_is_not_charged_for_it():
         turn = asyncio.Event()
 
         async def works():
-            with untimed():
-                await turn.wait()
+            await wait_for_turn(turn)
             return "worked"
 
         async def hangs():
-            with untimed():
-                await turn.wait()
+            await wait_for_turn(turn)
             await asyncio.sleep(60)
 
         async def waits_twice():
-            with untimed():
-                await asyncio.gather(works(), works())
+            await asyncio.gather(works(), works())
             return "worked twice"
 
         tasks = [asyncio.ensure_future(run_calls([Call("tool", {})], {"tool": tool}, timeout=0.3))
@@ -714,12 +760,7 @@ def test_a_call_that_is_over_keeps_no_environment_alive():
         return weakref.ref(world)
 
     world = asyncio.run(scenario())
-    for _ in range(100):
-        gc.collect()
-        if world() is None:
-            break
-        time.sleep(0.01)
-    assert world() is None
+    assert wait_until(lambda: gc.collect() >= 0 and world() is None)
 
 
 def test_no_more_threads_is_an_error_of_the_call(monkeypatch):
@@ -920,19 +961,6 @@ def test_calculator_survives_depth():
 
     with pytest.raises(ValueError, match="nested"):  # called from deep inside a program
         deep(sys.getrecursionlimit() - len(inspect.stack()) - 300)
-
-
-# ---- search ----
-
-
-def test_a_well_formed_message_needs_no_more_than_plain_run():
-    """The idea at the top of the file and the real thing give the same observations."""
-    text = "<think>Two calls.</think>" + format_call("calculator", expression="6*7") + "\nand\n"
-    text += format_call("calculator", expression="1/0")
-    toolbox = {"calculator": calculator}
-    observations = run(parse(text, toolbox).calls, toolbox)
-    assert [seen.text for seen in observations] == tools.plain_run(text, toolbox)
-    assert [seen.error for seen in observations] == [False, True]
 
 
 def test_the_examples_of_the_docstrings_are_true():
