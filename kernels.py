@@ -137,7 +137,7 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
         gain, clipped = advantages * logps, torch.zeros_like(ratio)
 
     if options.tis_cap is not None:
-        # The ratio compares the policy with the old one. This compares the old one with the rollout.
+        # The ratio compares the policy with the old one; this the old one with the rollout.
         gain = gain * (old_logps - behavior_logps).exp().clamp(max=options.tis_cap).detach()
     loss = -gain
     if options.kl_coef:

@@ -309,7 +309,8 @@ def test_a_run_says_and_keeps_the_options_it_resolved(finished):
 
 def test_a_tool_gets_the_seconds_it_is_given():
     """In demonstrations, too: there it was the default."""
-    engine, seen = SimpleNamespace(forget=lambda: None, expect=lambda task: None, slots=1), []
+    window = SimpleNamespace(expect=lambda task: None)
+    engine, seen = SimpleNamespace(forget=lambda: None, window=window, slots=1), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Agent", lambda *_, **options: seen.append(options) or FakeAgent())
         config = train.resolve(train.Config(env=["calculator"], tool_timeout=0.5))
