@@ -4,27 +4,34 @@ The policy is the language model. An episode is a sequence of tokens that it sam
 that it read, and one reward at the end. Reinforcement learning makes the sampled tokens of good
 episodes likelier, and those of bad ones less likely:
 
-    gradient = mean over episodes of  sum over sampled tokens of  advantage * grad log p(token)
+    gradient = sum over sampled tokens of  weight * advantage * grad log p(token)
+
+By default every token has the same weight: 1 / (number of trained tokens in the batch).
 
 Good compared with what? GRPO (group relative policy optimization) plays the same task several
 times: a group. The advantage of an episode is its reward minus the mean reward of its group. No
 second network is needed.
 
     episodes -> `advantages`    one number for each episode
-             -> `make_rows`     the tokens to train, with an advantage each (below the first ruler)
-    rows     -> `plain_loss`    PPO's clipped loss: no gradient for a token whose ratio has left the
-                                clip range in the direction of its advantage
+             -> `make_rows`     the tokens to train, with an advantage each
+    rows     -> `plain_loss`    the ratio of each token times its advantage, clipped as in PPO
     loss     -> `plain_update`  gradient, optimizer step; the same batch again for some epochs
 
-Read down to the first ruler for the algorithm. Two things used there are defined below it:
-`GRPOConfig` (the options) and `token_weights` (by default, 1 / number of trained tokens in the
-batch). Below the last ruler, `update` does the same faster and in less memory: a prefix that
-several rows share is computed once, and kernels.py never holds all logits.
+The ratio of a token is its probability now, divided by its probability when it was sampled. It
+starts at 1. A good token may gain from a ratio of up to 1.28, a bad one from a ratio down to 0.8.
+Beyond that its term of the loss is constant, so it adds no gradient.
 
-Unlike in the first GRPO paper, the advantage is not divided by the group's standard deviation,
-every token of a batch weighs the same, clipping is wider upwards, and there is no KL term. Many
-recent recipes make the same choices (DAPO, Dr. GRPO); each is an option of `GRPOConfig`. Imitation
-is the same update with advantage 1 and `kind="reinforce"`.
+Read down to the first line of ==== for the algorithm. `GRPOConfig` (the options) and
+`token_weights` stand below it. `learn_bandit`, at the end of this file, is a whole training loop of
+twenty lines. Below the last line of ====, `update` does what `plain_update` does, but faster and in
+less memory: a prefix that several rows share is computed once, and kernels.py never holds all
+logits.
+
+The first GRPO paper differs in four ways. It divides the advantage by the group's standard
+deviation, gives all episodes the same weight, clips symmetrically and adds a KL term. Dr. GRPO
+drops the division, and DAPO gives all tokens the same weight and clips wider upwards. Both drop the
+KL term. Each choice is an option of `GRPOConfig`. Imitation is the same update with advantage 1 and
+`kind="reinforce"`.
 
 Left out: a replay buffer, a critic, LoRA. The episodes come from rollout.py, but any objects with
 `segments`, `reward`, `group`, `finish`, `states` and `turns` will do. `python grpo.py` learns a
@@ -61,8 +68,8 @@ def advantages(rewards: Sequence[float], groups: Sequence, divide_by_std: bool =
     `leave_one_out` it does not (RLOO, 2402.14740). With `divide_by_std` the result is divided by
     the group's standard deviation, but by no less than 0.001.
 
-    A group of one, or of equal rewards, gives 0. Rewards that differ by less than 1e-6 count as
-    equal: the difference is rounding, and Adam could make steps of normal size even from that.
+    A group of one, or of equal rewards, gives 0. Smaller differences than 1e-6 are rounding. Adam
+    rescales gradients, so it could turn even these into steps of normal size.
 
     >>> advantages([1.0, 0.0, 0.0, 1.0, 1.0], [0, 0, 0, 0, 7])
     [0.5, -0.5, -0.5, 0.5, 0.0]
@@ -89,14 +96,14 @@ class Row:
     """One segment of an episode: what filled the context window once (see agent.Segment)."""
 
     ids: list[int]
-    trained: list[int]  # positions of the tokens to train, ascending, never 0
+    trained: list[int]  # positions of the tokens to train, ascending. No token predicts the first
     advantages: list[float]  # one for each of these
     behavior_logps: list[float]  # the log-prob each had when it was sampled in the rollout
     episode: int  # the number of its episode
 
     @property
     def inputs(self) -> list[int]:
-        """What the model reads: all before the last trained token. The rest predicts nothing."""
+        """What the model reads: all before the last trained token. Later ones are not needed."""
         return self.ids[: self.trained[-1]]
 
 
@@ -121,9 +128,9 @@ def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: floa
         tokens = ids[i, positions]  # [N]
         logps = log_probs[i, positions - 1, tokens]  # [N], the token before predicts each
 
-        # Through float64, which holds Python's numbers exactly.
-        old_logps = torch.tensor(row.behavior_logps, dtype=torch.float64).to(logps)  # [N]
-        advantage = torch.tensor(row.advantages, dtype=torch.float64).to(logps)  # [N]
+        like = {"dtype": logps.dtype, "device": logps.device}
+        old_logps = torch.tensor(row.behavior_logps, **like)  # [N]
+        advantage = torch.tensor(row.advantages, **like)  # [N]
         ratio = (logps - old_logps).exp()
         clipped = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
         # The smaller of the two: a ratio that has moved too far gains nothing more.
@@ -136,10 +143,11 @@ def plain_update(model, optimizer, rows: Sequence[Row], config: GRPOConfig,
                  temperature: float = 1.0) -> None:
     """Train the model on a batch of rows for some epochs, with one optimizer step in each.
 
-    In the first epoch every ratio is 1 (up to rounding): the model is still the one that sampled.
-    But the gradient of a ratio of 1 is grad log p, so this is the policy gradient. Later epochs use
-    the same samples again. There, a token that has left the clip range in the direction of its
-    advantage gets no gradient, so nothing pushes it further.
+    In the first epoch the model is still the one that sampled. So every ratio is 1, up to rounding.
+    The gradient of a ratio of 1 is grad log p, so the first step follows the policy gradient. Later
+    epochs use the same samples again. There, a token adds no gradient once its ratio has left the
+    clip range in the direction of its advantage. (Other tokens may still move it: all share the
+    weights.) `clip_grad_norm_` is another kind of clipping: it limits the size of a step.
     """
     if not rows:  # no group had both better and worse episodes
         return
@@ -225,21 +233,19 @@ def make_rows(episodes: Sequence[Episode],
     usable = [i for i, e in enumerate(episodes) if e.finish != "error" and math.isfinite(e.reward)]
     played = [episodes[i] for i in usable]
     values = advantages([e.reward for e in played], [e.group for e in played], **options)
-    credits = [[0.0] * e.turns for e in played]
+    turn_values = [[0.0] * e.turns for e in played]
     if config.turn_credit:
-        credits = turn_advantages(played, **options)
-    rows = []
-    for number, value, of_turns in zip(usable, values, credits):
-        per_turn = []
-        for credit in of_turns:
-            advantage = value + config.turn_credit * credit
-            per_turn.append(advantage if advantage > 0 else config.negative_weight * advantage)
+        turn_values = turn_advantages(played, **options)
+    rows, of_episode = [], [0.0] * len(episodes)
+    for number, value, of_turns in zip(usable, values, turn_values):
+        sums = [value + config.turn_credit * of_turn for of_turn in of_turns]
+        per_turn = [a if a > 0 else config.negative_weight * a for a in sums]
         rows += episode_rows(episodes[number], number, per_turn, train_all)
-    of_episode = dict(zip(usable, values))
+        of_episode[number] = value
     groups = {e.group for e in episodes}
-    signal = {e.group for e, value in zip(played, values) if value}
-    no_signal = 1 - len(signal) / len(groups) if groups else 1.0
-    return rows, [of_episode.get(i, 0.0) for i in range(len(episodes))], {"no_signal": no_signal}
+    with_signal = {e.group for e, value in zip(played, values) if value}
+    no_signal = 1 - len(with_signal) / len(groups) if groups else 1.0
+    return rows, of_episode, {"no_signal": no_signal}
 
 
 def episode_rows(episode: Episode, number: int, per_turn: Sequence[float],
@@ -263,8 +269,8 @@ def episode_rows(episode: Episode, number: int, per_turn: Sequence[float],
 def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[float]:
     """For each row, the weight of each of its trained tokens in the loss.
 
-    token     1 / (trained tokens in the batch)                            all tokens weigh the same
-    episode   1 / (trained tokens of its episode * episodes in the batch)  all episodes do
+    token     1 / (trained tokens in the batch)                            tokens weigh the same
+    episode   1 / (trained tokens of its episode * episodes in the batch)  episodes weigh the same
     constant  1 / (normaliser_tokens * episodes in the batch)
 
     The batch is the whole one, even if it is computed in several passes. Episodes without a trained
@@ -360,7 +366,7 @@ class Pack:
     advantages: torch.Tensor  # [N] in float64, as the next two. The loss rounds to its precision
     weights: torch.Tensor  # [N]
     behavior_logps: torch.Tensor  # [N], recorded in the rollout
-    # [N], below the line of the ratio: computed in the first epoch. None: the ratio is 1
+    # [N], the denominator of the ratio. The first epoch fills it. While it is None, the ratio is 1
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None  # [N], of the reference model, for the KL term
 
@@ -459,11 +465,10 @@ def pack_logps(model, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
 def add_gradients(model, packs: list[Pack], config: GRPOConfig, temperature: float = 1.0) -> list:
     """Add the gradients of all packs to the model's. Returns (loss, Stats) of each pack.
 
-    Normally packs run one after the other, and torch splits each operation among the cores. The
-    operations of a small model are too short to be split. So if the caller has set
-    `torch.set_num_threads(1)`, a CPU computes several packs at the same time, one on each core.
-    Their gradients are added in the order of the packs: the bits are the same on any number of
-    cores.
+    A large model: one pack after the other. torch splits each operation among the cores.
+    A small model on a CPU: one pack on each core, because its operations are too short to be split.
+    The caller chooses this with `torch.set_num_threads(1)`.
+    Gradients are added in the order of the packs, so the bits do not depend on the number of cores.
     """
     results = []
     if torch.get_num_threads() > 1 or model.device.type != "cpu":
@@ -640,7 +645,7 @@ def gather(value) -> list:
 
 
 def sum_gradients(model) -> None:
-    """Give each process the sum of all processes' gradients, once per update.
+    """Give each process the sum of all processes' gradients, once per optimizer step.
 
     Not torch's DDP: it takes the mean, and needs the same number of backward passes in all.
     """

@@ -1,14 +1,14 @@
 """Hidden states -> policy-gradient loss, without holding the logits of the whole batch.
 
 A language model ends in one matrix product: hidden states [N, D] times the vocabulary head [V, D]
-give logits [N, V]. With a vocabulary of 150,000, those logits and their gradient need more memory
-than the rest of training. But the loss wants one number per token: the log-prob of the token that
-was sampled. This file has four parts:
+give logits [N, V]. With a vocabulary of 150,000, those logits and their gradient can need more
+memory than the rest of training. But the loss wants one number per token: the log-prob of the token
+that was sampled. This file has four parts:
 
     1  The loss of the papers, `policy_loss`, as a function of log-probs. `plain_linear_loss` adds
        the head in the plainest way, and holds all logits. To get the idea, stop there.
     2  `fused_policy_loss`: from the logits of a few tokens to their loss and its gradient, by hand.
-    3  `linear_policy_loss`: all tokens, a chunk of a few hundred at a time. For each chunk:
+    3  `linear_policy_loss`: all tokens, a chunk at a time (`_tokens_per_chunk`). For each chunk:
            hidden states -> logits                            product 1
            logits -> losses, and the gradient of the logits   part 2
            gradient of the logits -> that of hidden states    product 2
@@ -24,9 +24,10 @@ Sizes: N tokens, C of them in a chunk, width D, vocabulary V. `dlogits`, `dhidde
 the gradients of the loss with respect to logits, hidden and head, each of the same shape.
 Left out: logit soft-capping, a bias in the head, tensor parallelism, a second derivative.
 
-grpo.py calls this file: its tokens are the trained tokens of a batch, and `hidden` holds the last
-hidden state before each. To use it elsewhere, copy it as it is: it needs torch only, and Triton on
-a GPU. `python kernels.py` compares the plain and the fused loss. tests/bench_kernels.py measures.
+grpo.py calls this file with the trained tokens of a batch. For each token, `hidden` has one row:
+the output of the last layer at the position before that token. The head turns this row into the
+logits of the token. To use this file elsewhere, copy it alone: it needs torch, and Triton on a GPU.
+`python kernels.py` compares the plain and the fused loss. tests/bench_kernels.py measures.
 """
 
 import math
@@ -43,7 +44,7 @@ try:
 except ImportError:  # macOS, or torch built for CPUs only: the torch version does the work
     triton = None
 
-# exp(88) overflows float32, and 0 * inf in a backward pass is NaN. So ratios stop at e^60.
+# exp(89) overflows float32 to inf, and 0 * inf in a backward pass is NaN. So log-ratios end at 60.
 LOG_LIMIT = 60.0
 
 
@@ -55,7 +56,7 @@ LOG_LIMIT = 60.0
 # negative. That is REINFORCE.
 #
 # But a batch serves several epochs. After the first, the policy is no longer the one that sampled
-# the tokens. The ratio p / p_old corrects for that, nearly: the loss is -A * ratio. Its gradient is
+# the tokens. The ratio p / p_old corrects for most of that: the loss is -A * ratio. Its gradient is
 # that of REINFORCE times the ratio, since d ratio = ratio * d log p.
 #
 # The correction is good only while the policy is near the old one. So PPO clips: a token whose
@@ -69,7 +70,7 @@ class Options:
     kind: str = "clip"  # clip: PPO, 1707.06347. cispo: 2506.13585. reinforce: without a ratio
     eps_low: float = 0.2  # the ratio is clipped below 1 - eps_low and above 1 + eps_high
     eps_high: float = 0.28  # larger than eps_low is "clip-higher": DAPO, 2503.14476
-    dual_clip: float | None = None  # c > 1: if A < 0, the loss is at most -c A. 1912.09729
+    dual_clip: float | None = None  # c > 1: if A < 0, clip's loss is at most -c A. 1912.09729
     tis_cap: float | None = None  # truncated importance sampling: IMPALA, 1802.01561
     kl_coef: float = 0.0  # times the KL to a reference model: k3 of joschu.net/blog/kl-approx.html
     entropy_coef: float = 0.0  # times the entropy, which the loss then rewards: A3C, 1602.01783
@@ -87,14 +88,16 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
                 sequence_ids=None, **options):
     """The loss of each token [N], its ratio [N], and whether it was clipped [N]. All inputs: [N].
 
-    logps           log-prob of the sampled token, under the policy in training
-    entropy         of all the policy's probabilities there. Needed with `entropy_coef` only
+    logps           log-prob of the sampled token under the policy in training
+    entropy         of the policy's distribution over that token. Only `entropy_coef` needs it
     advantages      A
     old_logps       log-prob in the first epoch of the batch. None: this is the first epoch
-    behavior_logps  log-prob recorded in the rollout, which may compute in another precision. Needed
-                    with `tis_cap` only
-    ref_logps       log-prob under the reference model. Needed with `kl_coef` only
-    sequence_ids    tokens of the same id share one ratio: GSPO, 2507.18071
+    behavior_logps  log-prob recorded in the rollout. It can differ from old_logps by rounding. Only
+                    `tis_cap` needs it
+    ref_logps       log-prob under the reference model. Only `kl_coef` needs it
+    sequence_ids    the number of each token's sequence. All tokens of a sequence share one ratio,
+                    the geometric mean of their ratios (GSPO, 2507.18071, with far narrower limits
+                    than the defaults here)
     options         those of `Options`
 
     `clipped` marks tokens that lost their gradient to clipping (clip), or whose ratio was cut
@@ -115,34 +118,36 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
         log_ratio = _sequence_mean(log_ratio, sequence_ids)
     ratio = log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
     low, high = 1 - options.eps_low, 1 + options.eps_high
-    within = ratio.clamp(low, high)
+    clipped_ratio = ratio.clamp(low, high)
 
+    # The gain is what we maximise. The loss is -gain, and terms for KL and entropy.
     if options.kind == "clip":
-        # If the ratio has moved far enough in the direction of A, within * A is the smaller. It is
-        # constant, so its gradient is 0. If the ratio has moved the other way, ratio * A is the
-        # smaller, and keeps its gradient.
-        gain = torch.minimum(ratio * advantages, within * advantages)
+        # The clipped ratio gives the smaller gain if the ratio has moved too far in the direction
+        # of A. It is a constant, so the token then gets no gradient.
+        gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
         too_high = (advantages > 0) & (ratio > high)
         too_low = (advantages < 0) & (ratio < low)
         clipped = too_high | too_low
         if options.dual_clip is not None:
             # If A < 0, a large ratio still makes a large loss. This limits it.
-            floored = (advantages < 0) & (ratio > options.dual_clip)
-            gain = torch.where(floored, options.dual_clip * advantages, gain)
-            clipped = clipped | floored
+            capped = (advantages < 0) & (ratio > options.dual_clip)
+            gain = torch.where(capped, options.dual_clip * advantages, gain)
+            clipped = clipped | capped
     elif options.kind == "cispo":
         # The clipped ratio is a constant factor. So every token keeps a gradient.
-        gain, clipped = within.detach() * advantages * logps, within != ratio
+        gain = clipped_ratio.detach() * advantages * logps
+        clipped = clipped_ratio != ratio
     else:
         gain, clipped = advantages * logps, torch.zeros_like(ratio)
 
     if options.tis_cap is not None:
-        # The ratio compares the policy with the old one; this the old one with the rollout.
+        # `ratio` is policy / old policy. This factor is old policy / policy of the rollout.
         gain = gain * (old_logps - behavior_logps).exp().clamp(max=options.tis_cap).detach()
     loss = -gain
     if options.kl_coef:
         # Over tokens that the policy samples, the mean of -delta is the KL, and the mean of
-        # exp(delta) - 1 is 0. Their sum has the same mean, but is never negative.
+        # exp(delta) - 1 is 0. Their sum has the same mean, but is never negative. (As a loss, its
+        # gradient is that of the KL in the other direction, from the reference to the policy.)
         delta = (ref_logps - logps).clamp(-LOG_LIMIT, LOG_LIMIT)
         loss = loss + options.kl_coef * (delta.exp() - delta - 1)
     if options.entropy_coef:
@@ -200,10 +205,11 @@ def plain_linear_loss(hidden, head, targets, advantages, weights, *, temperature
 #
 # - exp(z) overflows for a large z. But p stays the same when a constant is subtracted from all z.
 #   We subtract the largest z: then no exponent is above 0, and total is at least 1.
-# - The policy may be sure of its token. If p_t is 1 - 1e-9, float32 rounds it to 1, and 1 - p_t,
-#   which the gradient needs at the target, to 0. So `others`, the sum of exp(z) over all tokens but
-#   t, is kept apart: 1 - p_t = others / total. And if t has the largest z, so that z_t = 0, then
-#   log p_t = -log(1 + others). log1p(others) does not lose the digits of `others` in that sum.
+# - The policy can be almost sure of its token. If p_t is 1 - 1e-9, float32 rounds it to 1. Then
+#   1 - p_t becomes 0, but the gradient at the target needs it. So we also sum exp(z) over all
+#   tokens except t, and call that `others`. Then 1 - p_t = others / total, without a subtraction.
+#   log p_t has the same problem if t has the largest z. Then z_t = 0 and total = 1 + others, so
+#   log p_t = -log(1 + others). log1p(others) computes this without forming the sum.
 
 
 class Tokens(NamedTuple):
@@ -226,16 +232,17 @@ class Tokens(NamedTuple):
 def fused_policy_loss(logits, dlogits, tokens, options, temperature):
     """The logits of some tokens [C, V] -> weights * loss, logps, entropy, ratio, clipped: [5, C].
 
-    Writes the gradient of the logits to `dlogits` [C, V], which may be `logits`. None: not wanted.
-    In either case the logits are lost. Without `tokens.advantages` there is no loss and no ratio
-    (NaN); the gradient then follows from `tokens.slopes`.
+    Writes the gradient of the logits to `dlogits` [C, V], which may be the same memory as `logits`,
+    unless `dlogits` is None. `logits` may be overwritten in any case. Without `tokens.advantages`
+    there is no loss and no ratio (NaN); the gradient then follows from `tokens.slopes`.
     """
     results = logits.new_full((5, len(logits)), math.nan)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton without a GPU, for the tests
     if triton and logits.dtype == torch.float32 and (logits.is_cuda or interpreted):
         _fused_triton(logits, dlogits, results, tokens, options, temperature)
         return results
-    # A few tokens at a time stay in the cache of a CPU, and so does `e`. Elsewhere: all at once.
+    # On a CPU, a few tokens at a time, so that logits and intermediate results fit its cache. On a
+    # GPU without Triton, all tokens at once.
     count = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for begin in range(0, len(logits), count):
         part = slice(begin, begin + count)
@@ -251,7 +258,7 @@ def _fused_torch(logits, dlogits, results, tokens, options, temperature):
     Writes to `results` [5, C], `dlogits` and `logits`.
     """
     targets = tokens.targets[:, None]  # [C, 1]
-    # First subtract, then divide: the difference of two logits is exact where they are close.
+    # Subtract first, then divide: the difference of two logits that are close has no error.
     z = logits.sub_(logits.max(1, keepdim=True).values).div_(temperature)  # [C, V], at most 0
     z_target = z.gather(1, targets)[:, 0]  # [C]
     e = z.exp()  # [C, V]
@@ -274,7 +281,7 @@ def _fused_torch(logits, dlogits, results, tokens, options, temperature):
     if options.entropy_coef:
         # slope + entropy_slope (log p + entropy), where log p is z - log_total. [C, V]
         factor = z.add_((entropy - log_total)[:, None]).mul_(entropy_slopes[:, None]).add_(factor)
-    # e becomes -p / temperature. Only then the factor: a slope can be e^60, and 0 * inf is NaN.
+    # e becomes -p / temperature. Times the factor, it is the gradient of all logits but that of t.
     e.mul_((-1 / (total * temperature))[:, None])
     torch.mul(e, factor, out=dlogits)
     # At the target: slope (1 - p_t) - entropy_slope p_t (log p_t + entropy).
@@ -285,7 +292,7 @@ def _fused_torch(logits, dlogits, results, tokens, options, temperature):
 def _losses_and_slopes(logps, entropy, tokens, options):
     """weights * policy_loss, ratio, clipped, and the slopes d loss / d logps. [C] each.
 
-    This is `policy_loss` itself, under autograd: on C numbers that costs nothing.
+    This is `policy_loss` itself, under autograd: on C numbers that costs little.
     """
     with torch.enable_grad():
         logps = logps.detach().requires_grad_()
@@ -328,12 +335,13 @@ def linear_policy_loss(hidden, head, targets, advantages, weights, *, old_logps=
     Tokens that cannot matter are dropped before any product. They may hold anything (a target of
     -100, NaN), and their gradient is exactly 0. These are tokens of weight 0; and, without KL and
     entropy, tokens of advantage 0. With `sequence_ids` all tokens of a sequence must be in the same
-    call; its ratio is the mean over its tokens of weight other than 0. The statistics of dropped
+    call; its ratio is the geometric mean
+    over its tokens of weight other than 0. The statistics of dropped
     tokens are NaN.
 
     The logits of `chunk` tokens are held at a time. Products add up in float32 at least (float64
-    for float64 inputs), whatever the inputs or autocast say: log-probs from 16-bit logits are wrong
-    by several percent. Raises ValueError for input that makes no sense.
+    for float64 inputs), whatever the inputs or autocast say: probabilities from bfloat16 logits can
+    be wrong by several percent. Raises ValueError for input that makes no sense.
 
     >>> hidden = torch.eye(2, requires_grad=True)
     >>> targets, advantages = torch.tensor([0, -100]), torch.tensor([1.0, 1.0])
@@ -343,7 +351,7 @@ def linear_policy_loss(hidden, head, targets, advantages, weights, *, old_logps=
     (-1.0, tensor([-0.3133,     nan]), tensor([[-0.2689,  0.2689],
             [ 0.0000,  0.0000]]))
     """
-    options, chunks = Options(**options), Chunks(hidden, head, temperature, chunk)
+    options, chunks = Options(**options), ChunkedHead(hidden, head, temperature, chunk)
     numbers = [None if values is None else values.detach().to(chunks.wide)
                for values in (weights, advantages, old_logps, behavior_logps, ref_logps)]
     tokens = Tokens(targets, *numbers, sequence_ids)
@@ -351,7 +359,7 @@ def linear_policy_loss(hidden, head, targets, advantages, weights, *, old_logps=
     if options.kl_coef and ref_logps is None:
         raise ValueError("kl_coef needs ref_logps, the log-probs of the reference model")
     if options.tis_cap is not None and behavior_logps is None:
-        raise ValueError("tis_cap needs behavior_logps, the log-probs of the engine that sampled")
+        raise ValueError("tis_cap needs behavior_logps, the log-probs recorded in the rollout")
 
     keep = _tokens_with_signal(tokens, options)  # [K]
     if sequence_ids is None:
@@ -374,7 +382,7 @@ def linear_logps(hidden, head, targets, *, temperature=1.0, chunk=None):
     >>> linear_logps(torch.eye(2), torch.zeros(4, 2), torch.tensor([0, 3]))   # log 4 = 1.3863
     (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
     """
-    chunks, tokens = Chunks(hidden, head, temperature, chunk), Tokens(targets)
+    chunks, tokens = ChunkedHead(hidden, head, temperature, chunk), Tokens(targets)
     _check_lengths(tokens, len(hidden))
     chunks.run(torch.arange(len(hidden), device=hidden.device), tokens, Options())
     _, logps, entropy, _, _ = chunks.per_token
@@ -385,8 +393,8 @@ def linear_logps(hidden, head, targets, *, temperature=1.0, chunk=None):
 MIXED_PRODUCTS = ("cuda",)
 
 
-class Chunks:
-    """Takes tokens through the three products, a chunk at a time, and keeps what comes out."""
+class ChunkedHead:
+    """The three products for all tokens, a chunk at a time. Holds what comes out of them."""
 
     def __init__(self, hidden, head, temperature, chunk):
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
@@ -440,7 +448,7 @@ class Chunks:
                     torch.addmm(dhead, dlogits.T, x, **self.mixed, out=dhead)  # product 3
 
     def _buffer(self, count, dtype):
-        """[count, V]. Lines that begin at multiples of 64 numbers are multiplied faster."""
+        """[count, V]. Products are faster if each row begins at a multiple of 64 numbers."""
         width = math.ceil(len(self.head) / 64) * 64
         return self.hidden.new_empty(count, width, dtype=dtype)[:, : len(self.head)]
 
@@ -452,7 +460,8 @@ def _tokens_per_chunk(count, vocabulary, cuda):
     rewritten too often. On a GPU (an estimate, not measured yet): products large enough to fill it,
     in logits of 1 GB at most.
     """
-    on_cpu = max(2**20 // vocabulary, min(256, max(128, 2**24 // vocabulary)))
+    for_cache = min(256, max(128, 2**24 // vocabulary))
+    on_cpu = max(for_cache, 2**20 // vocabulary)  # of a small vocabulary, more fit the cache
     most = min(4096, 2**28 // vocabulary) if cuda else on_cpu
     chunks = max(1, math.ceil(count / most))
     return max(1, math.ceil(count / chunks))
@@ -465,7 +474,7 @@ def _tokens_with_signal(tokens, options):
     if options.kl_coef or options.entropy_coef:  # these pull on every token
         live = sampled
     elif tokens.sequence_ids is not None:
-        # A token of advantage 0 still belongs to its sequence's mean ratio.
+        # A token of advantage 0 still belongs to its sequence's ratio.
         live = sampled & torch.isin(tokens.sequence_ids, tokens.sequence_ids[live])
     return live.nonzero()[:, 0]
 
@@ -488,8 +497,8 @@ def _run_sequences(chunks, keep, tokens, options):
 class _KnownGradients(torch.autograd.Function):
     """A loss whose gradients are known. The backward pass hands them to autograd.
 
-    `grad_output` is what comes after the loss: 1, or a loss scale. The gradients are scaled in
-    place, to save memory. So the backward pass can run only once.
+    `grad_output` is the derivative of what follows with respect to this loss: 1, or a loss scale.
+    The gradients are scaled in place, to save memory. So the backward pass can run only once.
     """
 
     @staticmethod
@@ -521,17 +530,19 @@ def _check_lengths(tokens, count):
 # 4. `fused_policy_loss` as a Triton kernel: the names are those of `_fused_torch`
 #
 # The GPU runs a kernel many times side by side; each run is a program. Here one program does one
-# token, and `tl.program_id(0)` says which. A tensor arrives as the address of its first number:
-# these names are in capitals, and ADDRESS + n is the address of the n-th number after it.
-# `tl.load` reads numbers, `tl.store` writes them. `tl.arange(0, BLOCK)` is a vector, so
-# tl.load(LOGITS + tl.arange(0, BLOCK)) reads the first BLOCK logits. A mask leaves out those
-# beyond the vocabulary. What is None at the launch, and what is a tl.constexpr (KIND, VOCABULARY,
-# BLOCK), is compiled in: an `if` on it costs nothing.
+# token, and `tl.program_id(0)` says which. A tensor argument arrives as an address: the place of
+# its first number in memory. Such names are in capitals. LOGITS + n is the address of the number n
+# places later. `tl.load` reads numbers and `tl.store` writes them. `tl.arange(0, BLOCK)` is the
+# vector 0, 1, ..., BLOCK - 1. So tl.load(LOGITS + tl.arange(0, BLOCK)) reads BLOCK logits. The mask
+# skips columns beyond the vocabulary.
 #
-# The time goes into reading and writing memory. So a token's logits are read only twice: once for
-# the sums, once for the gradient. Once is not enough: each number of the gradient needs `total` and
-# `slope`. These are known after the last logit, and by then the registers, which hold one BLOCK,
-# have lost the first.
+# KIND, VOCABULARY and BLOCK are constants (tl.constexpr). Triton compiles a kernel for each set of
+# constants, and for each set of arguments that are None. So an `if` on them costs nothing.
+#
+# Most of the time goes into reading and writing memory. So the kernel reads the logits of a token
+# only twice. The first pass computes the sums. The second computes the gradient, which needs
+# `total` and `slope`. Both are known only after the last block, and a program does not have enough
+# fast memory (registers) to keep all blocks until then.
 
 
 def _fused_triton(logits, dlogits, results, tokens, options, temperature):
@@ -638,21 +649,21 @@ if triton:
         """The gain of `policy_loss`, its slope d gain / d logp, the ratio, and clipped."""
         step = logp - old
         ratio = tl.exp(tl.minimum(tl.maximum(step, -limit), limit))
-        within = tl.minimum(tl.maximum(ratio, low), high)
+        clipped_ratio = tl.minimum(tl.maximum(ratio, low), high)
         if KIND == "clip":
             too_high = (advantage > 0) & (ratio > high)
             too_low = (advantage < 0) & (ratio < low)
             clipped = too_high | too_low
-            gain = tl.minimum(ratio * advantage, within * advantage)
+            gain = tl.minimum(ratio * advantage, clipped_ratio * advantage)
             if dual_clip is not None:
-                floored = (advantage < 0) & (ratio > dual_clip)
-                gain = tl.where(floored, dual_clip * advantage, gain)
-                clipped = clipped | floored
+                capped = (advantage < 0) & (ratio > dual_clip)
+                gain = tl.where(capped, dual_clip * advantage, gain)
+                clipped = clipped | capped
             # d ratio / d logp = ratio. Where the gain is constant, its slope is 0.
             slope = tl.where(clipped | (tl.abs(step) > limit), 0.0, ratio * advantage)
         elif KIND == "cispo":
-            clipped = within != ratio
-            gain, slope = within * advantage * logp, within * advantage
+            clipped = clipped_ratio != ratio
+            gain, slope = clipped_ratio * advantage * logp, clipped_ratio * advantage
         else:  # reinforce
             clipped = ratio < 0  # never
             gain, slope = advantage * logp, advantage
@@ -669,8 +680,8 @@ if triton:
     def _log1p(x):
         """log(1 + x) for x >= 0. Triton has none of its own.
 
-        y = 1 + x is rounded, so log(y) is that of 1 + (y - 1), and y - 1 is not quite x. Near 1 the
-        logarithm is almost proportional to y - 1. So the factor x / (y - 1) corrects it (Kahan).
+        y = 1 + x is rounded, so y - 1 is not quite x. Near 1 the logarithm is almost proportional
+        to y - 1. So the factor x / (y - 1) corrects log(y) (Kahan).
         """
         y = 1.0 + x
         return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))

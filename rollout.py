@@ -1,8 +1,8 @@
 """Many agents at once: from one context without a cache to an engine that serves all of them.
 
 An agent asks the model for a message, runs a tool, and asks again with a longer context. Training
-plays hundreds of such episodes. This file samples their tokens in four steps. Each step removes
-what is slow in the step before, and gives the same tokens:
+plays hundreds of such episodes: the rollouts. This file samples their tokens in four ways. Each
+removes what is slow in the one before, and gives the same tokens (up to rounding):
 
     plain_generate     One context. Every new token sends the whole context through the model again.
     cached_generate    One context and a KV cache: the keys and values of tokens already computed.
@@ -10,7 +10,7 @@ what is slow in the step before, and gives the same tokens:
     batched_generate   Several contexts in one batch. A pass decodes a token for each of them. But
                        the batch runs until its longest message ends, and nothing new can join.
     Engine             Continuous batching. Requests join and leave between two passes, so nobody
-                       waits for the longest message. Keys and values outlive their message.
+                       waits for the longest message. Keys and values stay when a message has ended.
 
 The first three stand above the ruler (====). Stop there, and you know how a rollout is sampled.
 The engine below it has five parts, in the order of the file:
@@ -23,19 +23,20 @@ The engine below it has five parts, in the order of the file:
                    computes duplicate requests once: the attempts of a group begin with the same
                    prompt, and a trained policy often samples the same tokens.
     RejoinWindow   Optional. Before each step the engine waits a short time for the agents it has
-                   just answered. The same requests then always share a pass, and a run can be
-                   repeated bit by bit.
+                   just answered. If all of them ask again in time, the batches are the same in
+                   every run. Then a run repeats bit by bit.
     Engine         What agents call: `await engine.generate(ids, ...)`. Steps run in a second
-                   thread, so agents and tools are never blocked.
+                   thread, so agents and tools go on meanwhile.
 
-`play` runs many episodes on one engine. Each episode samples with its own random numbers, so its
-tokens do not depend on the episodes beside it.
+`play` runs many episodes on one engine. Each episode has its own random numbers, so no episode
+changes those of another. Only rounding depends on the neighbours: the last bits of a log-prob may
+differ with the shape of the batch. In rare cases this changes a token.
 
 Left out: paged memory, preemption, speculative decoding; top-k and top-p (a policy must be trained
 on the distribution it was sampled from); models with sliding windows or recurrent layers
-(`check_model` refuses them). Takes a transformers causal model. Serves agent.py, whose episodes go
-to grpo.py. `python rollout.py` compares the four steps. To reuse this file, copy agent.py and its
-imports, too.
+(`check_model` refuses them); Apple's GPUs, which have no float64. Agents of agent.py ask the
+engine, and their episodes go to grpo.py. `python rollout.py` compares the four ways. To reuse this
+file, copy agent.py and its imports, too.
 """
 
 import asyncio
@@ -60,7 +61,8 @@ from agent import Completion
 
 
 def sample(logits, temperature, uniform) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row: the first whose cumulative probability exceeds `uniform`.
+    """Draw one token per row: the first whose cumulative probability exceeds `uniform` (times the
+    sum of all, which is 1 up to rounding).
 
     logits [B, V], temperature [B], uniform [B] in [0, 1) -> tokens [B], log-probs [B].
     Temperature 0 means greedy: the most likely token, with its log-prob at temperature 1.
@@ -164,7 +166,7 @@ def cached_generate(model, ids: list[int], max_new_tokens: int, stop_ids: set[in
 def pad_left(rows: list[list[int]], padding: int, device="cpu") -> torch.Tensor:
     """A rectangle of integers [B, T] from rows of different lengths.
 
-    On the left, so that the last column predicts the next token of every row.
+    The padding is on the left, so the last column holds the last token of every row.
 
     >>> pad_left([[7, 8], [9]], padding=0).tolist()
     [[7, 8], [0, 9]]
@@ -178,9 +180,10 @@ def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_
                      rngs: list[Random], temperature: float = 1.0) -> list[Completion]:
     """The same tokens for B contexts. Each pass computes one more token of every context.
 
-    A pass over B tokens costs little more than a pass over one: it reads all weights once.
-    Two things go wrong. A row whose message has ended still goes through the model, and its room
-    in the cache is idle. And a new request waits until the longest message of the batch has ended.
+    A pass over B tokens costs little more than a pass over one, as long as reading the weights
+    takes most of its time: it reads them once. Two things go wrong. A row whose message has ended
+    still goes through the model, and its room in the cache is idle. And a new request waits until
+    the longest message of the batch has ended.
     """
     requests = [Request(ids, max_new_tokens, stop_ids, rng, temperature)
                 for ids, rng in zip(prompts, rngs)]
@@ -191,7 +194,7 @@ def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_
     running = list(range(len(requests)))  # the rows whose message has not ended
     while running:
         # The position of a token counts the tokens before it, without padding.
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # as `inputs`
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # like inputs
         logits = model(input_ids=inputs, attention_mask=mask, position_ids=positions,
                        past_key_values=cache).logits[:, -1]  # [B, V]
         sample_next([requests[row] for row in running], logits[running])
@@ -203,10 +206,10 @@ def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_
 
 
 # ==================================================================================================
-# Continuous batching: the engine. Its tokens and log-probs are those of `plain_generate`.
+# Continuous batching: the engine. It gives what `plain_generate` gives, up to rounding.
 #
 # Each row of a pass belongs to a slot of the KV cache. When its message ends, the slot goes to the
-# next request, before the next pass. The way of a request:
+# next request, before the next pass. What happens to a request:
 #
 #     Engine.generate    adds it to `arrived`. The agent waits.
 #     Decoder.step       `_admit` finds a slot and the longest prefix that is computed already.
@@ -219,13 +222,13 @@ def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_
 
 
 class KVCache:
-    """The keys and values of all slots. transformers calls the methods that it expects of a cache.
+    """The keys and values of all slots, in the place of a transformers cache.
 
-    A pass begins with `plan`, which says where its tokens belong. Then each attention layer calls
-    `update`.
+    Before a pass, `plan` says where its tokens are stored. In the pass, transformers calls `update`
+    in each attention layer, and asks for the other attributes that its own caches have.
     """
 
-    is_compileable = False  # transformers asks
+    is_compileable = False
 
     def __init__(self, slots: int, context: int):
         self.slots, self.context = slots, context
@@ -242,7 +245,11 @@ class KVCache:
         self.in_place = slot_of_row.tolist() == list(range(len(slot_of_row)))
 
     def update(self, keys, values, layer_idx: int, *args, **kwargs) -> list[torch.Tensor]:
-        """Store new keys and values [B, heads, T, size]. Return the rows' [B, heads, S, size]."""
+        """Store the new keys and values, each [B, heads, T, size].
+
+        Returns all keys and values that these rows can attend to, each [B, heads, S, size]. S is
+        the `length` of `plan`.
+        """
         if layer_idx == len(self.layers):
             self.layers.append([self._room_for(new) for new in (keys, values)])
         for stored, new in zip(self.layers[layer_idx], (keys, values)):
@@ -261,13 +268,13 @@ class KVCache:
     def _of_rows(self, stored: torch.Tensor) -> torch.Tensor:
         """[slots, context + 1, heads, size] -> [B, heads, S, size]"""
         used = stored[:, : self.length]
-        # Slots 0, 1, 2, ... in order are read in place. Any others must be copied.
+        # Rows that are the slots 0, 1, 2, ... in order are read in place. Any others are copied.
         rows = self.slot_of_row
         chosen = used[: len(rows)] if self.in_place else used.index_select(0, rows)
         return chosen.transpose(1, 2)
 
     def _room_for(self, new: torch.Tensor) -> torch.Tensor:
-        # Zeros: a value that is masked counts 0 times itself, and 0 times NaN would be NaN.
+        # Zeros, not empty memory: a masked value is multiplied by 0, and 0 * NaN is NaN.
         return new.new_zeros(self.slots, self.context + 1, new.shape[1], new.shape[3])
 
 
@@ -278,17 +285,20 @@ def forward(backbone, cache: KVCache, slot_of_row, tokens, positions, length: in
     Padding has position `cache.context`. Returns hidden states [B, T, D].
     """
     cache.plan(slot_of_row, positions, length)
+    # A token must not attend to later positions. [B, 1, T, S]
     future = torch.arange(length, device=tokens.device) > positions[:, None, :, None]
-    mask = torch.zeros(future.shape, dtype=backbone.dtype, device=tokens.device)  # [B, 1, T, S]
+    mask = torch.zeros(future.shape, dtype=backbone.dtype, device=tokens.device)
     mask.masked_fill_(future, -torch.inf)
-    return backbone(input_ids=tokens, position_ids=positions % cache.context, attention_mask=mask,
+    # Padding has a place in the cache, but no position in the text. The model gets 0 for it.
+    position_ids = positions.masked_fill(positions == cache.context, 0)  # [B, T]
+    return backbone(input_ids=tokens, position_ids=position_ids, attention_mask=mask,
                     past_key_values=cache, use_cache=True).last_hidden_state
 
 
 # --------------------------------------------------------------------------------------------------
 # The prefix cache: which tokens each slot holds
 
-WORTH_WAITING = 16  # a request waits one pass for a prefix if that saves this many tokens
+WORTH_WAITING = 16  # a request waits for a prefill if that saves at least so many tokens
 
 
 @dataclass
@@ -297,15 +307,16 @@ class Prefix:
 
     source: int  # the slot that holds it
     length: int  # in tokens
-    target: int  # an idle slot to continue in: the source itself, if that holds nothing else
+    target: int  # the idle slot that the request takes. It can be the source
 
 
 class PrefixCache:
     """Which tokens each slot holds, and which slots are idle."""
 
     def __init__(self, slots: int, context: int):
-        # The context given to each slot, and -1 behind it. The KV cache holds the keys and values
-        # of its first `length` tokens. A prefill of this step is about to compute the others.
+        # The tokens that each slot was given can be more than those whose keys and values are
+        # computed. `tokens` holds the first, then -1. `length` counts the second. They differ
+        # during a prefill, and by one token after `Decoder._split`, until the next pass.
         self.tokens = np.full((slots, context), -1)  # [slots, context]
         self.length = np.zeros(slots, dtype=np.int64)  # [slots]
         self.idle = list(range(slots))  # the one that was released first comes first
@@ -313,7 +324,7 @@ class PrefixCache:
     def find(self, ids: list[int]) -> Prefix | None:
         """Find the longest prefix of a context, and an idle slot for it. Changes nothing.
 
-        None: a prefill of this step is about to compute a longer prefix, and it pays to wait.
+        None: a prefill of this step computes a longer prefix, for another request. It pays to wait.
         """
         # The last token must go through the model in any case: it predicts the next one.
         shared = common_prefix(self.tokens, np.array(ids[:-1]))  # [slots]
@@ -321,11 +332,13 @@ class PrefixCache:
         longest = int(ready.max())
         if shared.max() >= longest + WORTH_WAITING:
             return None
-        # A slot that holds more than the prefix is not continued in place: the rest may belong to
-        # an agent that waits for its tool. The prefix is copied to another slot.
+        # If an idle slot holds exactly this prefix, the request goes on there. Nothing is copied.
         for slot in self.idle:
             if ready[slot] == self.length[slot] == longest:
                 return Prefix(slot, longest, slot)
+        # Else it takes the slot that has been idle longest, and the prefix is copied there. So the
+        # source keeps its other tokens, as their agent may come back. (Unless the source is itself
+        # the slot that has been idle longest: its other tokens are overwritten.)
         return Prefix(int(ready.argmax()), longest, self.idle[0])
 
     def take(self, slot: int, ids: list[int], length: int) -> None:
@@ -372,7 +385,7 @@ class AgentRequest(Request):
 
 
 class Decoder:
-    """Continues requests, one token each per `step`. Between steps the event loop may change it."""
+    """Continues requests, a token each per `step`. Between steps, the event loop adds requests."""
 
     def __init__(self, model, slots: int, context: int, stats: Counter):
         self.model, self.stats = model, stats
@@ -414,7 +427,7 @@ class Decoder:
         its prefill has run, and copy the prefix.
         """
         admitted: dict[tuple[int, ...], int] = {}  # context: slot
-        for request in self._with_room():
+        for request in self._next_waiting():
             context = tuple(request.ids)
             if context in admitted:
                 self.active[admitted[context]].append(request)
@@ -428,8 +441,12 @@ class Decoder:
             self.stats["prompt_tokens"] += len(context)
         return list(admitted.values())
 
-    def _with_room(self) -> list[AgentRequest]:
-        """Waiting requests, as many as could each have a slot: duplicates may part soon."""
+    def _next_waiting(self) -> list[AgentRequest]:
+        """The waiting requests that can be admitted now, in the order of their agents.
+
+        Duplicates share a slot until they sample different tokens. Then each needs its own slot.
+        So there are never more requests in slots than there are slots.
+        """
         in_slots = sum(len(requests) for requests in self.active.values())
         return sorted(self.waiting, key=attrgetter("agent"))[: self.cache.slots - in_slots]
 
@@ -446,8 +463,8 @@ class Decoder:
         """Compute new contexts without the prefixes that are there, and sample a token for each."""
         # One pass over many long contexts would need memory for rows times length squared.
         piece = max(1, PREFILL_TOKENS // len(slots))
-        while long := [slot for slot in slots if len(self._lacking(slot)) > piece]:
-            self._compute(long, piece)
+        while unfinished := [slot for slot in slots if len(self._lacking(slot)) > piece]:
+            self._compute(unfinished, piece)
         self._decode(slots)
 
     def _decode(self, slots: list[int]) -> None:
@@ -463,7 +480,7 @@ class Decoder:
             self._split(slot)
 
     def _split(self, slot: int) -> None:
-        """Drop ended and cancelled requests. Requests that sampled different tokens part."""
+        """Drop ended and cancelled requests. Give those that sampled different tokens own slots."""
         by_token: dict[int, list[AgentRequest]] = {}
         for request in self.active[slot]:
             if not (request.completion.finish or request.answered.cancelled()):
@@ -472,7 +489,8 @@ class Decoder:
             del self.active[slot]
             self.prefixes.release(slot)
             return
-        # Some stay. The others copy all that is computed: all tokens but the new one.
+        # The first group keeps the slot. Each other group gets a copy of all keys and values. Only
+        # the token just sampled has none yet.
         self.active[slot], *others = by_token.values()
         for requests in others:
             length = int(self.prefixes.length[slot])
@@ -530,7 +548,8 @@ class Decoder:
 class RejoinWindow:
     """Waits for agents that were just answered and may soon ask again.
 
-    It expects an agent until that asks again, until it ends, or until the time of a wait is over.
+    `away` holds these agents. An agent leaves it when it asks again or ends. When a wait reaches
+    its time limit, all agents leave it.
     """
 
     def __init__(self, seconds: float):
@@ -565,7 +584,8 @@ class RejoinWindow:
 # --------------------------------------------------------------------------------------------------
 # The engine: requests come, answers go. Runs in the event loop of the agents
 
-# One thread decodes for all engines: each thread that runs torch operations keeps helper threads.
+# One thread decodes for all engines. torch gives each thread that calls it helper threads of its
+# own, and several sets of these would compete for the cores.
 DECODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
 
 # An agent's number among those of `play`. Requests are admitted in this order, in every run.
@@ -575,14 +595,16 @@ AGENT: ContextVar[int] = ContextVar("agent", default=0)
 class Engine:
     """Continuous batching over `slots` contexts of at most `context` tokens each.
 
-    stop_ids: tokens that end a message. rejoin_window: seconds that agents have to come back before
-    the next step. 0: nobody is waited for while anything can be decoded.
-    The engine notices when the model's weights change in place, as an optimizer changes them. It
-    then forgets all keys and values.
-    `stats` counts since the engine was made: steps, passes (through the model), prompt_tokens (of
-    all requests), prefill_tokens (of these, the ones no slot held and no duplicate shares),
-    computed_tokens (sent through the model in all), and sampled_tokens. `window.waited` is the time
-    spent in the rejoin window, in seconds.
+    stop_ids: the tokens that end a message. rejoin_window: how many seconds the engine waits, at
+    most, before a step. 0: it does not wait.
+
+    When no request is in a slot, the engine notices whether the weights have changed in place, as
+    an optimizer changes them. Then it forgets all keys and values.
+
+    `stats` counts since the engine was made: steps; passes through the model; prompt_tokens, the
+    tokens of all contexts; prefill_tokens, those of them that a prefill computes, because no slot
+    holds them; computed_tokens, all tokens sent through the model; sampled_tokens. `window.waited`
+    is the time spent in the rejoin window, in seconds.
     Raises ValueError for a model whose log-probs it would get wrong.
     """
 
@@ -606,8 +628,8 @@ class Engine:
         Raises ValueError if that cannot fit the context, and whatever a failing step raises.
         """
         if not ids or max_new_tokens < 1 or len(ids) + max_new_tokens > self.context:
-            raise ValueError(f"{len(ids)} tokens and {max_new_tokens} new ones do not fit "
-                             f"a context of {self.context}")
+            raise ValueError(f"{len(ids)} tokens and {max_new_tokens} new ones: want at least one "
+                             f"of each, and together at most the context of {self.context}")
         answered = asyncio.get_running_loop().create_future()
         request = AgentRequest(ids, max_new_tokens, self.stop_ids, rng, temperature, AGENT.get(),
                                answered)
@@ -619,7 +641,7 @@ class Engine:
         return request.completion
 
     def forget(self) -> None:
-        """Forget all keys and values, before the next step that begins with no requests."""
+        """Forget all keys and values when next a step begins with no request in a slot."""
         self.decoder.fingerprint = []
 
     # ---- The server: a task that runs steps for as long as there are requests ----
@@ -748,7 +770,7 @@ def _measured_obstacle(model) -> str:
 def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
     """A Qwen3 of 0.7 million random parameters. The same seed gives the same weights.
 
-    Two layers are the fewest that can copy a token from earlier in the context.
+    Two layers are enough to find an earlier copy of the newest token and repeat what followed it.
 
     >>> sum(p.numel() for p in small_model(1024).parameters())
     656064
@@ -760,7 +782,7 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-        # Heads begin by copying what they attend to. Where to attend is all that is left to learn.
+        # At first each head copies what it attends to. Training mostly learns where to attend.
         for layer in model.model.layers:
             values, out = layer.self_attn.v_proj.weight.data, layer.self_attn.o_proj.weight.data
             out.copy_(0.2 * torch.nn.init.orthogonal_(values).T)
@@ -786,7 +808,7 @@ def demo(agents: int = 8) -> None:
             "batched_generate": partial(batched_generate, model, prompts, 64, stop_ids, rngs),
             "Engine": partial(play, asks, agents)}
     print(f"{agents} messages, one prompt of {len(prompt)} tokens, the same tokens in four ways:")
-    expected = one_by_one(cached_generate)  # and the first pass of all is slow
+    expected = one_by_one(cached_generate)  # untimed: torch is slow in its first pass
     sampled = sum(len(message.ids) for message in expected)
     for name, way in ways.items():
         start = time.perf_counter()

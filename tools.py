@@ -10,11 +10,11 @@ What is wrong with a call, and how to write it right, becomes an observation. Th
 and the policy can learn from it. `plain_run` shows this in a few lines. Below the ruler stands the
 version that survives a policy in training. Two tools follow: `calculator` and `python`.
 
-Left out: killing a thread. A tool that takes too long is abandoned, and its thread runs on. Worse,
-all threads share one interpreter, and only one of them runs Python at a time (the GIL). A single
-call into C may hold it: `re.search("(a+)+$", "a" * 40 + "b")` stops the whole process for hours,
-and no time limit can end it. A tool that matches a pattern the policy wrote, or that may crash,
-belongs in a child process. `python` shows how. An `async def` tool must await, not block.
+Limits: Python cannot kill a thread. A tool that takes too long is abandoned, and its thread runs
+on. Only one thread runs Python at a time (the GIL). One call into C may hold the GIL, and then no
+time limit works: `re.search("(a+)+$", "a" * 40 + "b")` stops the whole process for hours. So a tool
+that matches patterns of the policy, or that may crash, belongs in a child process. `python` shows
+how. An `async def` tool must await, not block.
 
 Run it alone: `python tools.py`. Copy it alone: it needs the standard library and one helper of
 transformers.
@@ -88,14 +88,15 @@ def plain_run(text: str, tools: Mapping[str, Callable]) -> list[str]:
 
 
 # ==================================================================================================
-# plain_run is right for a good message. A policy in training also causes what stands on the left:
+# plain_run is enough for a well-formed message. A policy in training also writes bad ones:
 #
-#   a call inside <think>, which is only a thought        parse leaves it alone
+#   problem                                               answer
+#   a call inside <think>, which is only a thought        parse does not return it as a call
 #   "error: KeyError: 'name'", which teaches nothing      parse says what to write instead
-#   a megabyte of "<tool_call>", quadratic for findall    parse takes linear time
-#   a tool that hangs, and the training with it           run_calls abandons it after a time limit
-#   a tool that calls sys.exit, or returns a gigabyte    run_calls answers with an error, or clips
-#   several slow calls in one message                     run_calls runs them at once
+#   a megabyte of "<tool_call>": quadratic for findall    parse takes linear time
+#   a tool that never returns                             run_calls gives up after a time limit
+#   a tool that calls sys.exit, or returns a gigabyte     run_calls reports an error, or clips
+#   several slow calls of independent tools               run_calls runs them at the same time
 #   a program as an argument                              `python` runs it in a sandbox
 # ==================================================================================================
 
@@ -158,7 +159,7 @@ def format_call(name: str, **arguments: Any) -> str:
     </tool_call>
     """
     text = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    # A tag inside an argument would end the block early. JSON may write "/" as "\/": no tag then.
+    # A tag inside an argument would end the block early. In JSON "/" may be "\/", and "<" "\u003c".
     for tag in ("tool_call>", "think>"):
         text = text.replace("</" + tag, "<\\/" + tag).replace("<" + tag, "\\u003c" + tag)
     return f"<tool_call>\n{text}\n</tool_call>"
@@ -305,9 +306,10 @@ def _fits(value: Any, spec: dict) -> bool:
 
 
 def _is(value: Any, name: str) -> bool:
-    """Has a value this JSON type? An integer is a number, too. All values have an unknown type."""
-    is_whole_number = type(value) is int and name == "number"
-    return is_whole_number or _JSON_TYPES[type(value)] == name or name not in _JSON_TYPES.values()
+    """Does a value have this JSON type? An integer is also a number. An unknown type fits all."""
+    if name not in _JSON_TYPES.values():
+        return True
+    return _JSON_TYPES[type(value)] == name or (name == "number" and type(value) is int)
 
 
 def _types(spec: dict) -> list[str]:
@@ -348,14 +350,15 @@ class Observation:
 async def run_calls(calls: Sequence[Call | CallError], tools: Mapping[str, Callable], *,
                     timeout: float = 10.0, max_chars: int = 2000,
                     max_calls: int = 16) -> list[Observation]:
-    """Run the calls of one message, all at once. Gives one observation per call, in call order.
+    """Run the calls of one message. Returns one observation per call, in call order.
 
-    Whatever a tool does, only its own call is affected. (The exception: a tool that holds the
-    interpreter, see the top of this file.) An exception becomes an error observation, SystemExit
-    too. A call that takes longer than `timeout` seconds is abandoned. A text over `max_chars` loses
-    its middle. Calls after the first `max_calls` do not run. Plain methods of one object take turns
-    in call order: two moves in a maze must not race. This function raises only when it is cancelled
-    itself, or at Ctrl-C.
+    Functions and `async def` tools run at the same time. Plain methods of one object, such as the
+    tools of an environment, run one after the other: two moves in a maze must not race.
+
+    A call that takes longer than `timeout` seconds becomes an error, and its thread runs on. Every
+    exception becomes an error, SystemExit too. A text over `max_chars` loses its middle. Calls
+    after the first `max_calls` do not run. Only its own cancellation and Ctrl-C make this function
+    raise. No limit helps if a tool holds the interpreter (see the top of this file).
 
     >>> calls = [Call("calculator", {"expression": "6*7"}), CallError("not JSON"),
     ...          Call("calculator", {"expression": "1/0"})]
@@ -411,7 +414,7 @@ _time_limit = contextvars.ContextVar("time limit", default=None)  # an asyncio.T
 async def _in_time(work: Awaitable[Observation], name: str, timeout: float) -> Observation:
     """The result of `work`, or an error if it takes longer than `timeout` seconds."""
     limit = asyncio.timeout(timeout)
-    _time_limit.set(limit)  # before the task is made, for it copies the context
+    _time_limit.set(limit)  # before the task is made, because it copies the context
     future = asyncio.ensure_future(work)
     try:
         async with limit:
@@ -476,7 +479,7 @@ def in_thread(function: Callable[[], Any]) -> asyncio.Future:
 def _as_text(result: Any) -> str:
     """Text as it is, None as "done", bytes decoded, all else as JSON or, if that fails, as `str`.
 
-    May raise, for a __str__ may.
+    May raise: a __str__ can.
     """
     if isinstance(result, str):
         return result
@@ -531,7 +534,7 @@ _LARGEST = 10**300  # whole numbers below it fit a float, so no operation overfl
 
 
 def calculator(expression: str) -> str:
-    """Work out an arithmetic expression. Whole numbers are exact, however large.
+    """Work out an arithmetic expression. Whole numbers below 10**300 are exact.
 
     Args:
         expression: Numbers, + - * / // % ** and parentheses, such as "(12 + 3.5) * 2 ** 4".
@@ -609,7 +612,7 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 _LIMITS = {"CPU": 5, "AS": 512 * 2**20, "FSIZE": 16 * 2**20, "NOFILE": 64, "NPROC": 8,
            "CORE": 0, "MSGQUEUE": 0}
 # Of a whole program:
-_WALL_SECONDS = 8  # by the clock; more than its processor time, for it shares the cores
+_WALL_SECONDS = 8  # by the clock; more than its processor time, because it shares the cores
 _OUTPUT = 100_000  # bytes
 _SCRATCH = 64 * 2**20  # bytes of the scratch folder, which lies in memory
 
@@ -633,12 +636,11 @@ async def python(code: str) -> str:
         ChildProcessError: The program failed or was stopped; with the last ten lines it wrote.
         RuntimeError: There is no sandbox here. The program was not run.
 
-    Each process of the program may use 5 seconds of processor time, and the whole program 8 seconds
-    by the clock. As many programs run at once as there are processors. The others wait for their
-    turn, and their time limits begin when they start.
+    The code may use 5 seconds of processor time in each of its processes, and 8 seconds by the
+    clock in all. As many programs run at once as there are cores. The others wait for their turn,
+    and their time limits begin when they start.
 
-    The program is a process in a sandbox. The program bubblewrap builds a new one for each call,
-    also when we are root. Inside, a program
+    Each call gets a new sandbox, which bubblewrap builds, also when we are root. Inside, a program
 
     - reads only the files of the system's Python, and writes only in a scratch folder;
     - cannot see or signal other processes, nor reach a network or a socket;
@@ -648,7 +650,7 @@ async def python(code: str) -> str:
     The sandbox does not protect from these:
 
     - bugs of the kernel or of bubblewrap, and what processor caches give away;
-    - up to 8 processes that each use all their time and memory (4 GB in all);
+    - up to 6 processes that each use all their time and memory (3 GB in all);
     - for a moment, more memory in the kernel, for many small files (only a cgroup bounds that);
     - a program that reads what lies under /usr/lib.
 
@@ -682,7 +684,7 @@ def _report(printed: bytes, status: int) -> str:
                137: f"killed, as a program is after {_LIMITS['CPU']} s of processor time"}
     why = reasons.get(status, f"exit code {status}")
     if len(printed) > _OUTPUT:
-        why = f"stopped, for it wrote more than {_OUTPUT:,} bytes"
+        why = f"stopped, because it wrote more than {_OUTPUT:,} bytes"
     elif status == 0:
         return text or "(nothing was printed)"
     elif text.startswith(("bwrap: ", "setpriv: ")):

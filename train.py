@@ -72,8 +72,8 @@ KEEP = 3  # newest checkpoints that stay, beside the first
 
 WARM_BATCH = 44  # demonstrations per update of the warm start
 MOST_DEMONSTRATIONS = 12000  # different ones; after that they are shown again
-# How often an environment is demonstrated, relative to the others: what is hard to learn, often;
-# what has long messages, seldom. Other environments: as often as the calculator.
+# How often an environment is demonstrated, relative to the others. One that is hard to learn gets
+# more demonstrations, and one with long messages gets fewer. Yours: as many as the calculator.
 DEMONSTRATED = {"calculator": 12, "lookup": 7, "maze": 31, "chain": 20, "recall": 3,
                 "mastermind": 4}
 
@@ -89,21 +89,21 @@ def train(config: "Config") -> None:
     # ----------------------------------------------------------------------------------------------
     # The run's folder, the environments, the model
 
-    clock, first = Clock(), ranks()[0] == 0  # the first process writes
+    clock, writes = Clock(), ranks()[0] == 0  # of several processes only the first one writes
     if config.resume:
         run, config = read_run(config.resume)
         if (run / "summary.json").exists():  # it is written last
             print(f"{run} is finished: there is nothing to go on with")
             return
-        lock = lock_run(run) if first else None
+        lock = lock_run(run) if writes else None
         checkpoint = newest_checkpoint(run)
         setup = make_setup(config, checkpoint)
     else:
         config, checkpoint = resolve(config), None
         setup = make_setup(config)
         check_fit(setup)
-        run = gather(make_run(config) if first else None)[0]  # bad input leaves no folder behind
-        lock = lock_run(run) if first else None
+        run = gather(make_run(config) if writes else None)[0]  # bad input leaves no folder behind
+        lock = lock_run(run) if writes else None
     model, tokenizer = setup.model, setup.chat.tokenizer
     grpo.share_weights(model)
     weights = grpo.masters(model)
@@ -116,18 +116,14 @@ def train(config: "Config") -> None:
     # Warm start: imitate demonstrations, right ones and wrong ones
 
     if checkpoint:
-        saved = torch.load(checkpoint / "trainer.pt", weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
-        clock.seconds.update(saved["seconds"])
-        state = State(**saved["state"])
-        if first:
-            cut_off(run, saved["written"])
+        state = restore(run, checkpoint, optimizer, clock, writes)
     else:
         clock.start("warm start")
         warm_start(setup)
         clock.start("evaluation")
+        # Other seeds than those of demonstrations, which begin at (seed + 1) * 10**9.
         state = State(evaluate(setup), dict.fromkeys(config.env, (config.seed + 1) * 10**6))
-        if first:
+        if writes:
             save(run, setup, state, optimizer, clock)
     reference = load_reference(run, model) if config.kl_coef else None
     ctrl_c = CtrlC()
@@ -143,6 +139,7 @@ def train(config: "Config") -> None:
         episodes = roll_out(setup, tasks, step, config.group_size, config.temperature)
 
         clock.start("update")
+        # The rows hold the advantages of their tokens. Those of whole episodes are for the record.
         rows, advantages, signal_report = grpo.make_rows(episodes, config)
         lr = config.lr * (1 - (step - 1) / config.updates) ** 2
         optimizer.param_groups[0]["lr"] = lr
@@ -153,20 +150,22 @@ def train(config: "Config") -> None:
                    **measure(episodes), **signal_report, **report}
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
         state.step = step
+        # The seeds of an environment ascend, so its last one counts.
         state.next_seed.update({env: seed + 1 for env, seed in tasks})
         print(metric_line(metrics))
         if step % 20 == 0:
             print(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
         stop = any(gather(ctrl_c.pressed))
-        if first:
+        if writes:
+            # JSON has no NaN.
             finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-            append(run / METRICS, [finite])  # JSON has no NaN
+            append(run / METRICS, [finite])
             append(run / EPISODES, [record(e, a, step) for e, a in zip(episodes, advantages)])
             if step % config.save_every == 0 or step == config.updates or stop:
                 save(run, setup, state, optimizer, clock)
         if stop:
             how = f"stopped after step {step}. To go on: python train.py --resume {run}"
-            sys.exit(how if first else 1)
+            sys.exit(how if writes else 1)
 
     # ----------------------------------------------------------------------------------------------
     # What it learned: evaluation and summary
@@ -175,7 +174,7 @@ def train(config: "Config") -> None:
     after = evaluate(setup)
     print_scores(state.before, "before")
     print_scores(after, "after")
-    if first:
+    if writes:
         write_results(run, setup, state.before, after, clock)
         lock.close()
 
@@ -213,15 +212,17 @@ class Config(GRPOConfig):
     model: str = option("", "folder or hub id of a causal language model; empty: a small one")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(15, "reinforcement learning: updates for each environment")
-    tasks_per_step: int = option(18, "tasks per update; the environments take turns")
+    steps: int = option(15, "reinforcement learning: steps (batches of episodes), times the number "
+                            "of environments")
+    tasks_per_step: int = option(18, "tasks per step; the environments take turns")
     group_size: int = option(8, "attempts at each task")
     lr: float | None = by_model("lr", "reinforcement learning: learning rate; it falls to 0")
-    epochs: int | None = by_model("epochs", "updates per batch of episodes")
+    epochs: int | None = by_model("epochs", "optimizer steps per batch of episodes")
     negative_weight: float | None = option(
         None, "factor of advantages below 0 (1 as in GRPO; small model, built-in tasks: 0.1)")
-    warmup_steps: int | None = by_model("warmup_steps", "imitation: updates for each environment")
-    warmup_lr: float | None = by_model("warmup_lr", "imitation: the peak of the learning rate")
+    warmup_steps: int | None = by_model(
+        "warmup_steps", "imitation: optimizer steps, times the number of environments")
+    warmup_lr: float | None = by_model("warmup_lr", "imitation: the learning rate stays below this")
     max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int | None = by_model("context", "tokens in one segment, the newest message included")
@@ -233,7 +234,7 @@ class Config(GRPOConfig):
     eval_tasks: int = option(200, "held-out tasks per environment, before and after")
     eval_only: str = option("", "RUN: only score the model of this run")
     resume: str = option("", "RUN: go on from its newest checkpoint; the run's own options hold")
-    save_every: int = option(20, "updates between checkpoints")
+    save_every: int = option(20, "steps between checkpoints")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dtype: Literal["float32", "bfloat16", "float64"] = option(
         "float32", "to compute in; the weights that are trained are float32 at least")
@@ -241,12 +242,12 @@ class Config(GRPOConfig):
 
     @property
     def updates(self) -> int:
-        """Updates by reinforcement learning, for all environments together."""
+        """Steps of reinforcement learning, for all environments together."""
         return self.steps * len(self.env)
 
     @property
     def warmup_updates(self) -> int:
-        """Updates by imitation, for all environments together."""
+        """Optimizer steps of imitation, for all environments together."""
         return self.warmup_steps * len(self.env)
 
 
@@ -255,7 +256,7 @@ def defaults(config: Config) -> dict:
 
     A negative_weight below 1 makes the policy seek risk. It may prefer a reward of 1 with
     probability 0.4 to a certain reward of 0.6. The built-in tasks can all be solved, so the risk
-    costs nothing there, and the small model learns them in fewer steps.
+    costs little there, and the small model learns them in fewer steps.
     """
     built_in = all(env.partition(":")[0] in ENVIRONMENTS for env in config.env)
     return {
@@ -328,7 +329,8 @@ def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: 
         rng = Random(f"{setup.config.seed} {step} {env} {seed} {member}")
         return await setup.agent(setup.engine, temperature).run(setup.envs[env], seed, rng)
 
-    setup.engine.forget()  # a resumed run has not read what was read in the step before
+    # A resumed run begins with an empty prefix cache. With one here, too, both have the same bits.
+    setup.engine.forget()
     episodes = play_tasks(tasks, size, attempt, setup.engine.slots, setup.engine)
     if all(e.error for e in episodes):  # else a run would learn nothing until its steps are spent
         raise UserError(f"the environment failed in every episode of step {step}: "
@@ -420,7 +422,7 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
         except ValueError as e:
             raise UserError(f"{env}: its demonstrator fails: {e}") from e
 
-    places = []  # (what share of its environment's tasks comes before it, environment, seed)
+    places = []  # (place in the list of its environment, from 0 to 1; environment; seed)
     for env, number in counts.items():
         tasks = islice(seeds(setup.envs[env], evaluation=False, start=start), number)
         places += [(i / number, env, seed) for i, seed in enumerate(tasks)]
@@ -430,10 +432,13 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
 
 
 def imitate(model, shown: list[Episode], config: Config) -> None:
-    """Make the demonstrators' messages likelier: the policy gradient with advantage 1 for all."""
+    """Supervised fine-tuning on what the demonstrators write.
+
+    The cross-entropy is the policy gradient's loss with advantage 1 for all tokens.
+    """
     right, updates = fmean(e.success for e in shown), config.warmup_updates
     print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right "
-          "(a default run spends 40 % of its time here)")
+          "(the default run spends two fifths of its time here)")
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0,
                       entropy_coef=0.0, tis_cap=None)
     optimizer, endless, began = Imitator(model, config), cycle(shown), time.perf_counter()
@@ -471,7 +476,10 @@ class Imitator:
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
 
     def set_lr(self, step: int) -> None:
-        """20 steps up to the peak, then down to a tenth of it."""
+        """Two lines, multiplied: up from 0 to 1 in 20 steps, and down from 1 to 0.1 over all.
+
+        With only 12 steps, the rate reaches a sixth of `warmup_lr`.
+        """
         share = min(1.0, step / 20) * (1 - 0.9 * step / self.config.warmup_updates)
         self.lr = self.adam.param_groups[0]["lr"] = self.config.warmup_lr * share
 
@@ -828,6 +836,16 @@ def save(run: Path, setup: Setup, state: State, optimizer, clock: Clock) -> None
         shutil.rmtree(old)
 
 
+def restore(run: Path, checkpoint: Path, optimizer, clock: Clock, writes: bool) -> State:
+    """Load trainer.pt into the optimizer and the clock, and cut the logs to the checkpoint."""
+    saved = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    clock.seconds.update(saved["seconds"])
+    if writes:
+        cut_off(run, saved["written"])
+    return State(**saved["state"])
+
+
 def save_model(folder: Path, model, tokenizer) -> None:
     weights = {name: getattr(p, "master", p).detach()
                for name, p in model.state_dict(keep_vars=True).items()}
@@ -857,7 +875,7 @@ def atomic(final: Path) -> Iterator[Path]:
         try:
             yield written
             os.sync()
-            shutil.rmtree(final, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)  # of a run killed at its end
             written.rename(final)
         finally:
             shutil.rmtree(written, ignore_errors=True)  # left if writing failed: make room

@@ -711,7 +711,7 @@ def test_an_engine_outlives_its_event_loops():
 @pytest.mark.parametrize(("length", "new"), [(10, 7), (0, 3), (3, 0)])
 def test_a_request_that_cannot_fit_is_refused(length, new):
     """One clear error for the agent that asks, before anything runs."""
-    with pytest.raises(ValueError, match="do not fit a context of 16"):
+    with pytest.raises(ValueError, match="together at most the context of 16"):
         asyncio.run(ask(engine(context=16), tokens(length), new, 0)())
 
 

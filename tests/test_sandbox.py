@@ -363,9 +363,9 @@ BOMBS = {
         "while True: pass", "stopped after 1 s"),
     "stops itself": ("import os; os.kill(os.getpid(), 19)", "stopped after 1 s"),
     "closes its output": ("import os, time; os.close(1); os.close(2); time.sleep(999)", "stopped after 1 s. It wrote: nothing"),
-    "prints 1 GB": ("for n in range(1000): print('x' * 10**6)", "stopped, for it wrote more than 100,000 bytes"),
-    "prints 100 MB at once": ("print('x' * 100_000_000)", "stopped, for it wrote more than 100,000 bytes"),
-    "complains at length": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "stopped, for it wrote more than 100,000 bytes"),
+    "prints 1 GB": ("for n in range(1000): print('x' * 10**6)", "stopped, because it wrote more than 100,000 bytes"),
+    "prints 100 MB at once": ("print('x' * 100_000_000)", "stopped, because it wrote more than 100,000 bytes"),
+    "complains at length": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "stopped, because it wrote more than 100,000 bytes"),
     "pretends to be the sandbox": ("print('bwrap: all is well')", "^bwrap: all is well$"),
     "runs 32-bit code": (  # mov eax, 20; int 0x80 (getpid); ret
         "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex('b814000000cd80c3'))\n"
