@@ -1,15 +1,28 @@
-"""The agent loop, and the record it leaves. Tokens in, tokens out.
+"""The agent loop, and the record of tokens that it leaves.
 
-An agent asks a language model for a message, runs the tool calls in it, shows the model the
-results, and asks again. A chat program keeps the messages as its record. Reinforcement learning
-cannot: a message that is decoded to text and encoded again may give other tokens than those that
-were sampled. A chat template may also rewrite earlier turns. So the record here is the token stream
-itself. It only grows: by ids that the policy sampled, or by ids that the environment gave (the
-prompt, the results of tools). `Segment.sampled` says which of the two a token is. The mark is set
-when the token is chosen, and never worked out later.
+An *episode* is one attempt at one task. The environment states the task. The *policy*, which is the
+language model in training, writes a message. The tool calls in that message are run. Their results
+are the *observation*, which the policy reads before it writes its next message. At the end the
+environment gives the episode a reward. Training then makes the tokens of good episodes more likely.
 
-`plain_episode` is the whole idea in 20 lines. Below the ruler, `Agent` does the same with all that
-a real run needs: a limited window, time limits, errors, and any chat template.
+So the record of an episode must say which tokens the policy chose:
+
+    prompt                 the tools and the task    read
+    turn 0  message        a tool call               sampled, one token after the other
+            observation    what the tool returned    read
+    turn 1  message        the answer                sampled, one token after the other
+
+*Tokens in, tokens out.* A chat program keeps its messages as text. A text that is decoded from ids
+and encoded again may become other ids, and a chat template may rewrite earlier messages. Training
+would then see tokens that were never sampled. So the record is a list of ids that only grows.
+Sampled ids are appended as they are. Only the new text of the environment is encoded.
+
+`plain_episode` is the whole idea. Below the ruler, `Agent` adds what a real run needs:
+
+    budgets            on the turns, on the length of a message, and on the time of a tool
+    a context window   when it is full, old turns leave, and a new `Segment` begins
+    errors             a broken environment costs its own episode, not the run
+    chat templates     `Chat` turns the messages of any model into ids
 
 Left out: streaming, images, a choice of tools per message, several agents in one episode. To write
 a workflow of your own, write an `async def` function: await `start`, then `query` and `act` in your
@@ -20,9 +33,10 @@ environment (env.py). Gives an Episode (to grpo.py). `python agent.py` prints on
 token. To copy it, take tools.py and memory.py too.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -35,20 +49,42 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from memory import keep_turns
-from tools import (
-    Call,
-    CallError,
-    Message,
-    Observation,
-    clip,
-    describe,
-    format_call,
-    in_thread,
-    parse,
-    run_calls,
-    schema,
-    tools_of,
-)
+from tools import Call, CallError, Message, parse, run_calls, schema, tools_of
+
+# isort: split
+from tools import clip, describe, in_thread
+
+# --------------------------------------------------------------------------------------------------
+# The idea: append what the policy samples, append what the environment answers, repeat
+
+
+async def plain_episode(llm: LLM, tokenizer, env, seed: int = 0) -> Episode:
+    """Play one episode as `Agent.run` does, but without limits, and for ChatML models only.
+
+    llm samples the messages. env is an environment of env.py with the tool `final_answer`.
+    """
+    rng, segment = Random(seed), Segment()
+    task, tools = env.reset(seed), tools_of(env)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": task}], tools=[schema(tool) for tool in tools.values()],
+        add_generation_prompt=True, tokenize=False)
+    segment.extend(tokenizer.encode(prompt), turn=-1)
+    for turn in count():
+        # The policy samples a message. The log-probs mark its tokens as `sampled`.
+        out = await llm.generate(segment.ids, 256, rng=rng, temperature=1.0)
+        segment.extend(out.ids, turn, out.logps)
+        # Its text serves to find the tool calls. It is never encoded again.
+        message = parse(tokenizer.decode(out.ids[:-1]), tools)  # the last id is <|im_end|>
+        calls = message.calls or [Call("final_answer", {"answer": message.text})]
+        observations = await run_calls(calls, tools)
+        if env.done:
+            break
+        # Only this new text is encoded: the results, and the header of the next message.
+        results = [f"<|im_start|>tool\n{o.text}<|im_end|>\n" for o in observations]
+        text = "\n" + "".join(results) + "<|im_start|>assistant\n"
+        segment.extend(tokenizer.encode(text), turn)
+    return Episode(seed, task, [segment], reward=env.get_reward(), turns=turn + 1)
+
 
 # --------------------------------------------------------------------------------------------------
 # The record
@@ -60,7 +96,7 @@ class Completion:
 
     ids: list[int]  # the sampled tokens, with the stop token if that was sampled
     logps: list[float]  # log-prob of each, under the distribution it was sampled from
-    finish: str  # "stop": the model ended its turn; "length": the limit cut it
+    finish: str  # "stop": the model ended its message; "length": the limit cut it
 
 
 class LLM(Protocol):
@@ -75,7 +111,12 @@ class LLM(Protocol):
 
 @dataclass
 class Segment:
-    """The tokens of one context window, append-only: exactly what the model saw, in order."""
+    """The tokens of one context window, append-only: exactly what the model saw, in order.
+
+    An episode has one segment, unless the window fills up. Then old turns leave it, and the next
+    segment begins with the prompt and the turns that stay. These count as read there, even the
+    messages. So each sampled token is `sampled` in exactly one segment: where it was chosen.
+    """
 
     ids: list[int] = field(default_factory=list)
     # Did the policy choose this token, here? (Not: "does it belong to an assistant's message?")
@@ -84,7 +125,7 @@ class Segment:
     turn: list[int] = field(default_factory=list)  # number of its turn; -1: the prompt
 
     def extend(self, ids: list[int], turn: int, logps: list[float] | None = None) -> None:
-        """Append tokens of the environment or, with `logps`, tokens that the policy sampled.
+        """Append tokens to read or, with `logps`, tokens that the policy sampled.
 
         Raises ValueError if there is not one log-prob for each token.
 
@@ -104,16 +145,23 @@ class Segment:
 
 @dataclass
 class Episode:
-    """One attempt at one task."""
+    """One attempt at one task. `finish` says how it ended:
+
+    terminated    answered     the policy gave its final answer
+                  env_done     the task came to its end in another way, such as a last move
+    truncated     max_turns    the policy had no turns left
+                  length       the same, and the length limit had cut its last message
+                  context      the prompt leaves no room for a message
+    neither       error        the environment's own code failed, so the reward means nothing
+    """
 
     seed: int = 0  # of the task, not of the sampling
     task: str = ""  # what the environment asks, in words
-    # One, unless the window filled up. A sampled token is `sampled` in exactly one of them.
     segments: list[Segment] = field(default_factory=list)
     states: list[str] = field(default_factory=list)  # the environment's `state` before each turn
     reward: float = 0.0  # of the whole episode, in [0, 1]
-    finish: str = ""  # answered | env_done | max_turns | context | length | error
-    error: str = ""  # the environment's own failure, if it failed (the reward then means nothing)
+    finish: str = ""  # see above; "" while it is played
+    error: str = ""  # what failed, if `finish` is "error"
     turns: int = 0  # messages that the policy wrote
     thinking: int = 0  # words it wrote between <think> and </think>
     tool_calls: int = 0  # calls it wrote, well-formed or not
@@ -139,43 +187,8 @@ class Episode:
         return self.reward >= 1.0 and not self.error
 
 
-# --------------------------------------------------------------------------------------------------
-# The idea: append what the policy samples, append what the environment answers, repeat
-
-def chatml(role: str, text: str) -> str:
-    """One message in ChatML, the format of Qwen's models and of `small_tokenizer`."""
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
-
-
-async def plain_episode(llm: LLM, tokenizer, env, seed: int = 0) -> Episode:
-    """What `Agent.run` does, without limits: the window never fills up, and nothing fails.
-
-    llm samples the messages; env is an environment of env.py with the tool `final_answer`.
-    """
-    rng, segment = Random(seed), Segment()
-    task, tools = env.reset(seed), tools_of(env)
-    schemas = [schema(tool) for tool in tools.values()]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": task}], tools=schemas,
-                                           add_generation_prompt=True, tokenize=False)
-    segment.extend(tokenizer.encode(prompt), turn=-1)
-    for turn in count():
-        out = await llm.generate(segment.ids, 256, rng=rng, temperature=1.0)
-        segment.extend(out.ids, turn, out.logps)  # the policy chose these: they are `sampled`
-        message = parse(tokenizer.decode(out.ids[:-1]), schemas)  # the last id is <|im_end|>
-        calls = message.calls or [Call("final_answer", {"answer": message.text})]
-        observations = await run_calls(calls, tools)
-        if env.done:
-            break
-        # Only the new text is encoded. The ids before it stay as they are.
-        text = "".join(chatml("tool", observation.text) for observation in observations)
-        segment.extend(tokenizer.encode("\n" + text + "<|im_start|>assistant\n"), turn)
-    return Episode(seed, task, [segment], reward=env.get_reward(), turns=turn + 1)
-
-
 # ==================================================================================================
 # The agent. On a simple task its tokens are those of `plain_episode`
-
-SHORTER_TEXTS = (1000, 500, 250, 125, 62, 31, 15)  # characters, tried in this order
 
 
 class Agent:
@@ -185,18 +198,16 @@ class Agent:
     tool_timeout: seconds for a tool call, and for each question to the environment.
     """
 
-    def __init__(self, llm: LLM, chat: "Chat", *, max_turns: int = 8, max_new_tokens: int = 256,
+    def __init__(self, llm: LLM, chat: Chat, *, max_turns: int = 8, max_new_tokens: int = 256,
                  context: int = 4096, temperature: float = 1.0, tool_timeout: float = 10.0):
         self.llm, self.chat = llm, chat
         self.max_turns, self.max_new_tokens, self.context = max_turns, max_new_tokens, context
         self.temperature, self.tool_timeout = temperature, tool_timeout
+        self.max_input = context - max_new_tokens  # tokens that the LLM may be given to continue
         # Of the current episode; `start` sets all of it.
-        self.episode, self.rng, self.env = Episode(), Random(), None
-        self.tools, self.schemas = {}, []
+        self.episode, self.rng, self.env, self.tools = Episode(), Random(), None, {}
         self.prompt: list[int] = []  # ids before the first message
-        self.window: list[list[int]] = []  # ids of each turn after it: a message, its observation
-        self.state = ""  # the environment's, before the next message
-        self.cut = False  # did the length limit cut the newest message?
+        self.window: list[list[int]] = []  # ids of the turns that the next message will see
 
     async def run(self, env, seed: int = 0, rng: Random | None = None) -> Episode:
         """Play one episode. `env`: an environment, or a function that makes one.
@@ -208,21 +219,19 @@ class Agent:
             while not self.episode.finish:
                 await self.step()
             return await self.close()
-        except WorldError as e:  # not the policy's fault, so grpo.py leaves this episode out
+        except EnvFailure as e:  # not the policy's fault, so grpo.py leaves this episode out
             self.episode.finish, self.episode.error = "error", str(e)
             return self.episode
 
     async def start(self, env, seed: int = 0, rng: Random | None = None) -> None:
-        """Reset the environment and write the prompt. Raises WorldError."""
+        """Reset the environment and write the prompt. Raises EnvFailure, as the verbs below do."""
         self.episode, self.rng = Episode(seed=seed), rng or Random(seed)
         self.env = await self._ask("constructor", env) if callable(env) else env
         self.episode.task = await self._ask("reset", lambda: _text(self.env.reset(seed)))
-        self.state = await self._ask("state", lambda: _text(self.env.state))
         self.tools = tools_of(self.env)
-        self.schemas = [schema(tool) for tool in self.tools.values()]
-        self.prompt = self.chat.prompt(self.episode.task, self.schemas)
-        self.window, self.cut = [], False
-        self._open_segment()
+        schemas = [schema(tool) for tool in self.tools.values()]
+        self.prompt = self.chat.prompt(self.episode.task, schemas)
+        self._open_segment([])
 
     async def step(self) -> None:
         """One turn: a message from the policy, and the environment's answer."""
@@ -239,20 +248,23 @@ class Agent:
         episode.finish = episode.finish or self._spent_budget()
         if episode.finish:
             return None
-        if not self._fits(self.window):
+        episode.states.append(await self._ask("state", lambda: _text(self.env.state)))
+        if self._is_full():
             self._drop_old_turns()
-        episode.states.append(self.state)
         out = await self.llm.generate(self.segment.ids, self.max_new_tokens, rng=self.rng,
                                       temperature=self.temperature)
         self.segment.extend(out.ids, episode.turns, out.logps)
         self.window.append(list(out.ids))
         episode.turns += 1
-        self.cut = out.finish == "length"
-        if self.cut:  # half a call must never run: `{"path": "/` is not what the policy asked for
-            text = f"error: your message was cut at {len(out.ids)} tokens and nothing in it was run"
-            self.observe([Observation(text, error=True)])
+        if out.finish == "length":
+            # Half a call must never run: `{"path": "/` is not what the policy asked for.
+            episode.tool_errors += 1
+            self.observe(f"error: your message was cut at {len(out.ids)} tokens "
+                         "and nothing in it was run")
+            if episode.turns == self.max_turns:
+                episode.finish = "length"
             return None
-        message = parse(self.chat.decode(out.ids), self.schemas)
+        message = parse(self.chat.decode(out.ids), self.tools)
         episode.thinking += len(message.thinking.split())
         return message
 
@@ -265,123 +277,111 @@ class Agent:
         if not calls:
             calls = [CallError("your message holds no tool call and no answer")]
         observations = await run_calls(calls, self.tools, timeout=self.tool_timeout)
-        if await self._ask("done", lambda: bool(self.env.done)):
-            # Nobody will read the observations. The episode ends with the policy's own token.
-            self.episode.tool_errors += sum(o.error for o in observations)
-            accepted = [call.name for call, o in zip(calls, observations) if not o.error]
-            self.episode.finish = "answered" if "final_answer" in accepted else "env_done"
+        self.episode.tool_errors += sum(o.error for o in observations)
+        if not await self._ask("done", lambda: bool(self.env.done)):
+            self.observe(*[o.text for o in observations])
             return
-        self.state = await self._ask("state", lambda: _text(self.env.state))
-        self.observe(observations)
+        # Nobody will read the observations, so the episode ends with the policy's own token.
+        accepted = [call.name for call, o in zip(calls, observations) if not o.error]
+        self.episode.finish = "answered" if "final_answer" in accepted else "env_done"
 
-    def observe(self, observations: list[Observation]) -> None:
-        """Append what the environment says, once after each message. It is never trained on."""
+    def observe(self, *texts: str) -> None:
+        """Append what the policy reads next, once after each message. It is never trained on."""
         if not self.window:
             raise RuntimeError("observe answers a message, and there is none yet: "
                                "text before the first message belongs in the task")
-        self.episode.tool_errors += sum(o.error for o in observations)
-        ids = self._observation_ids([o.text for o in observations])
+        ids = self._observation_ids(texts)
         self.window[-1] += ids
-        # If the next message no longer fits, `query` puts this turn into the next segment.
-        if self._fits(self.window):
+        # If it leaves no room for a message, the policy reads it in the segment that `query` opens.
+        if not self._is_full():
             self.segment.extend(ids, self.episode.turns - 1)
 
     async def close(self) -> Episode:
-        """Score the episode. Raises WorldError."""
+        """Score the episode."""
         reward = await self._ask("get_reward", lambda: float(self.env.get_reward()))
         # NaN fails this test, too. After one NaN, the next update makes every weight NaN.
         if not 0 <= reward <= 1:
-            raise WorldError(f"get_reward: {reward} is not in [0, 1]")
+            raise EnvFailure(f"get_reward: {reward} is not in [0, 1]")
         self.episode.behaviour = await self._ask("behaviour", lambda: _behaviour(self.env))
         self.episode.reward = reward
-        if not self.episode.finish:  # a workflow stopped by itself: its budget, not the task's end
-            self.episode.finish = "max_turns"
+        # A workflow that stops by itself has spent its own budget: the task is not at its end.
+        self.episode.finish = self.episode.finish or "max_turns"
         return self.episode
 
     @property
     def segment(self) -> Segment:
-        """The context window that the policy sees."""
+        """The newest one: what the policy sees now."""
         return self.episode.segments[-1]
 
     def _spent_budget(self) -> str:
         """Which budget leaves no room for another message, as `finish` names it. Else ""."""
         if self.episode.turns >= self.max_turns:
-            return "length" if self.cut else "max_turns"
-        return "" if self._fits([]) else "context"
+            return "max_turns"
+        return "context" if len(self.prompt) > self.max_input else ""
 
-    def _fits(self, turns: list[list[int]]) -> bool:
-        """Can the window hold the prompt, these turns and one more message?"""
-        tokens = len(self.prompt) + sum(len(turn) for turn in turns)
-        return tokens + self.max_new_tokens <= self.context
+    def _is_full(self) -> bool:
+        """Is there no room for another message?"""
+        return len(self.prompt) + sum(len(turn) for turn in self.window) > self.max_input
 
     def _drop_old_turns(self) -> None:
-        """The window is full: open a new segment with the prompt and the newest whole turns.
+        """The context window is full: go on in a new segment, with the newest turns only."""
+        lengths = [len(turn) for turn in self.window]
+        leaving = keep_turns(len(self.prompt), lengths, self.context, self.max_new_tokens)
+        self._open_segment(self.window[leaving:])
 
-        It is filled to half of the window only, so that not every later turn opens a segment.
-        The newest turn stays even if it is longer than that: it holds what the policy asked for.
+    def _open_segment(self, turns: list[list[int]]) -> None:
+        """Begin a segment with the prompt and these turns.
+
+        None of it is `sampled` here: each token is trained in the segment where it was chosen.
         """
-        if self._fits(self.window[-1:]):
-            fixed = len(self.prompt) + len(self.window[-1])
-            half = min(self.context // 2, self.context - self.max_new_tokens)
-            older = [len(turn) for turn in self.window[:-1]]
-            self.window = self.window[keep_turns(fixed, older, max(half, fixed)) :]
-        else:
-            self.window = []
-        self._open_segment()
+        self.window = turns
+        self.episode.segments.append(Segment())
+        self.segment.extend(self.prompt, turn=-1)
+        for turn, ids in enumerate(turns, self.episode.turns - len(turns)):
+            self.segment.extend(ids, turn)
 
-    def _observation_ids(self, texts: list[str]) -> list[int]:
+    def _observation_ids(self, texts: Iterable[str]) -> list[int]:
         """Ids of an observation, its texts shortened until they take at most half of what is free.
 
         So a tool that returns very much does not push the message that called it out of the window.
         """
         message = self.window[-1]
         closed = message[-1:] == [self.chat.end_id]  # not if it was cut, or has another stop token
-        free = self.context - self.max_new_tokens - len(self.prompt)
+        free = self.max_input - len(self.prompt)
         room = min(free // 2, free - len(message))
         ids = self.chat.observation(texts, closed)
-        for max_chars in SHORTER_TEXTS:
+        for max_chars in (1000, 500, 250, 125, 62, 31, 15):
             if len(ids) <= room:
                 break
             ids = self.chat.observation([clip(text, max_chars) for text in texts], closed)
         return ids
 
-    def _open_segment(self) -> None:
-        """Begin a segment with the prompt and the turns of the window.
-
-        None of it is `sampled` here: each token is trained in the segment where it was chosen.
-        """
-        self.episode.segments.append(Segment())
-        self.segment.extend(self.prompt, turn=-1)
-        first = self.episode.turns - len(self.window)
-        for turn, ids in enumerate(self.window, first):
-            self.segment.extend(ids, turn)
-
     async def _ask(self, part: str, question: Callable[[], Any]) -> Any:
         """Run the environment's own code in a thread, within the time limit.
 
         So a slow environment delays no other episode. One that fails or hangs costs its own episode
-        only: this raises a WorldError that names the part.
+        only: this raises an EnvFailure that names the part.
         """
 
         def answer() -> Any:
             try:
                 return question()
             except BaseException as e:  # sys.exit() too: this thread is the environment's
-                raise WorldError(f"{part}: {describe(e)}") from e
+                raise EnvFailure(f"{part}: {describe(e)}") from e
 
         future = in_thread(answer)
         try:
             await asyncio.wait({future}, timeout=self.tool_timeout)
             if not future.done():
-                raise WorldError(f"{part}: took longer than {self.tool_timeout:g} s")
+                raise EnvFailure(f"{part}: took longer than {self.tool_timeout:g} s")
             return future.result()
         except RuntimeError as e:  # the system gives no more threads
-            raise WorldError(f"{part}: {describe(e)}") from e
+            raise EnvFailure(f"{part}: {describe(e)}") from e
         finally:
             future.cancel()  # of no effect if it is done
 
 
-class WorldError(Exception):
+class EnvFailure(Exception):
     """The environment's own code failed or took too long, outside any tool call."""
 
 
@@ -396,8 +396,9 @@ def _behaviour(env) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# From messages to tokens
+# From messages to ids
 
+# What a prompt says about the tools if the chat template cannot say it.
 INSTRUCTIONS = """You can use the tools below. To call one, write
 <tool_call>
 {"name": "the tool", "arguments": {"argument": "value"}}
@@ -408,17 +409,8 @@ and its result will follow. A message without a call is your final answer.
 %s
 </tools>"""
 
-
-def instructions(schemas: list[dict]) -> str:
-    """What a system message says about tools."""
-    functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in schemas]
-    return INSTRUCTIONS % "\n".join(functions)
-
-
 # Two characters that Unicode leaves to private use, so no real text holds them.
-# Text is split at CUT before it is encoded, and CUT is dropped. So the letters `<|im_` and `end|>`
-# on its two sides never become one control token.
-CUT = "\ue000"
+CUT = "\ue000"  # a text is encoded in pieces, from one CUT to the next
 MARK = "\ue001"  # stands for a text, to see where a template puts that text
 # A fixed date. With today's, a run that is resumed tomorrow would have other prompts.
 TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -429,31 +421,30 @@ MARKED_TOOL = {"type": "function", "function": {
 
 
 class Chat:
-    """A tokenizer's chat template as two functions: ids of the first prompt, ids after a message.
+    """A tokenizer's chat template as two functions: ids of the prompt, ids of an observation.
 
-    Nothing that the policy sampled passes through the template. To get the text after a message,
-    `observation` renders a fixed message in its place and cuts the result there (as TRL does).
-    Any template works that ends a turn with a token of its own. The constructor tries what else the
-    template can do (tools, the roles `tool` and `system`). Plain text replaces what it cannot.
+    A template turns a whole conversation into text. Here it never sees a sampled message. To get
+    the text between two messages, `observation` renders a conversation with a fixed message in
+    place of the sampled one, and takes what follows that message (as TRL does).
+
+    Any template works that ends a message with a token of its own, such as `<|im_end|>`. The
+    constructor tries what else it can do: show tools, take the roles `system` and `tool`. Where it
+    cannot, the same words go into a user message.
     Not prevented: if a template writes its role headers in plain letters (Zephyr's `<|user|>`), a
     text from a tool can imitate them.
 
     stop_ids: more tokens that end a message, such as those of a model's generation_config. The
     attribute `stop_ids` has all that end one, for the engine.
-    Raises ValueError if the tokenizer has no chat template, or none that marks the end of a turn.
+    Raises ValueError if the tokenizer has no chat template, or none that marks a message's end.
     """
 
     def __init__(self, tokenizer, stop_ids: Iterable[int] = ()):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer = tokenizer
-        # Tokens that are written in letters, such as `<|im_end|>`. No text may turn into one.
-        control = {i: token for i, token in tokenizer.added_tokens_decoder.items()
-                   if len(token.content) > 1 and token.content.strip()}
-        self._control_ids = set(control)
-        texts = "|".join(re.escape(token.content) for token in control.values())
-        self._first_letter = re.compile(f"(?={texts}).", re.DOTALL)  # of a control token
-        self._normalises = any(token.normalized for token in control.values())
+        # Ids of the tokens that are written in letters, such as `<|im_end|>`, and their letters.
+        self._control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
+                         if len(token.content) > 1 and token.content.strip()}
         self._template = TODAY + tokenizer.get_chat_template(tools=[MARKED_TOOL])
         # A template that asks for calls in another form (Llama 3, Qwen3-Coder) gets no tools.
         with_tool = self._try([USER], tools=[MARKED_TOOL])
@@ -465,17 +456,22 @@ class Chat:
         self.stop_ids = {self.end_id, tokenizer.eos_token_id, *stop_ids} - {None}
 
     def prompt(self, task: str, schemas: list[dict]) -> list[int]:
-        """Ids of all before the policy's first message: tools, task, and the header of its turn."""
-        system = "" if self._shows_tools or not schemas else instructions(schemas)
+        """Ids of all before the policy's first message: tools, task, and the header of a message.
+
+        A header is what a template writes before a message: `<|im_start|>assistant` in ChatML.
+        """
         messages = [{"role": "user", "content": self.plain(task)}]
-        if system and self._has_system_role:
-            messages.insert(0, {"role": "system", "content": system})
-        elif system:
-            messages[0]["content"] = system + "\n\n" + messages[0]["content"]
+        if schemas and not self._shows_tools:
+            functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in schemas]
+            text = INSTRUCTIONS % "\n".join(functions)
+            if self._has_system_role:
+                messages.insert(0, {"role": "system", "content": text})
+            else:
+                messages[0]["content"] = text + "\n\n" + messages[0]["content"]
         tools = schemas if self._shows_tools else None
         return self._encode(self._render(messages, tools=tools, add_generation_prompt=True))
 
-    def observation(self, texts: list[str], closed: bool = True) -> list[int]:
+    def observation(self, texts: Iterable[str], closed: bool = True) -> list[int]:
         """Ids from the end of the policy's message to the header of its next one.
 
         closed: the policy sampled the end token itself, so it is not among these ids.
@@ -494,22 +490,23 @@ class Chat:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def plain(self, text: str) -> str:
-        """Text from outside, cut inside every control token that it spells.
+        """A text from outside, with a CUT inside every control token that it spells.
 
-        So `<|im_end|>` in the result of a tool stays letters. Nothing else changes: the template
-        trims and quotes as always, and harmless text gets its usual ids.
+        So `<|im_end|>` in the result of a tool stays letters, and cannot end a message. Nothing
+        else changes: the template trims and quotes as always, and harmless text keeps its ids.
         """
         text = text.replace(CUT, "").replace(MARK, "")
-        text = self._first_letter.sub(r"\g<0>" + CUT, text)
-        # A tokenizer that normalises makes control tokens of other letters, too.
-        if self._normalises and not self._control_ids.isdisjoint(self._encode(text)):
+        for token in self._control.values():
+            text = text.replace(token, token[0] + CUT + token[1:])
+        # Some are left if tokens overlap, or if the tokenizer takes other letters for theirs.
+        if self._control.keys() & self._encode(text):
             return CUT.join(text)
         return text
 
     def _find_end(self) -> int:
         """The first control token that the template puts after an assistant's message."""
         after = self._try([USER, ASSISTANT]).rpartition(MARK)[2]
-        control = [i for i in self._encode(after) if i in self._control_ids]
+        control = [i for i in self._encode(after) if i in self._control]
         if not control:
             raise ValueError("the chat template ends no turn with a control token")
         return control[0]
@@ -556,8 +553,8 @@ class Script:
         return Completion(ids, [0.0] * len(ids), "stop")
 
 
-# The chat template of the small tokenizer: messages as the function `chatml` writes them. Of a tool
-# it gives the name, the arguments and the purpose only: each token of a prompt costs training time.
+# The chat template of the small tokenizer. Its messages have the form of Qwen's models (ChatML). Of
+# a tool it gives the name, the arguments and the purpose only: each token of a prompt costs time.
 CHATML = (
     "{% if tools %}<|im_start|>system\n"
     "<tool_call>\n{\"name\": ..., \"arguments\": ...}\n</tool_call>\n"
@@ -670,7 +667,8 @@ class PearShop:
 
 
 def _demo() -> None:
-    messages = [format_call("price"), '<tool_call>\n{"name": "price"}\n</tool_call>', "12"]
+    call = '<tool_call>\n{"name": "price", "arguments": {}}\n</tool_call>'
+    messages = [call, '<tool_call>\n{"name": "price"}\n</tool_call>', "12"]
     words = "What do pears cost? error: user assistant system tool coins"
     tokenizer = small_tokenizer([*messages, INSTRUCTIONS, words])
     chat = Chat(tokenizer)

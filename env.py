@@ -11,34 +11,34 @@ and `Calculator`: they show all there is. Each environment needs one capability 
     recall       memory: a question about a page that has left the context window
     mastermind   self-reflection: a hidden code, found by correcting one's own guesses
 
-A demonstrator is a function beside the class. It yields messages that somebody might write. They
-show how to call tools, but most of them fail: a model that imitates them fails, too, greedily and
-sampled. What reinforcement learning adds after that is the capability itself.
+A demonstrator is a function beside the class. It yields the messages of one attempt. It shows how
+to call tools, but most of its attempts fail. So a model that imitates it mostly fails, too: the
+capability itself must come from reinforcement learning.
 
 One task in five is held out by its content (`held_out`): it is never trained on.
 
 Left out: rewards for single steps, rendering, vector environments. Uses tools.py and memory.py.
-agent.py and train.py use it. `python env.py [NAME]` lets you play a task in the terminal.
+agent.py and train.py use it. `python env.py [NAME]` lets you play a task: you call the tools as
+Python functions.
 """
 
 import asyncio
-import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
 import itertools
-import json
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 import tools
 from memory import Notes, Search
-from tools import Call, CallError, describe, format_call, parse, run_calls, schema, tools_of
+from tools import Call, describe, format_call, run_calls, schema, tools_of
 
 
 class Env(Protocol):
@@ -65,15 +65,21 @@ class Env(Protocol):
 
     @property
     def state(self) -> str:
-        """Identifies the situation within the task. Equal states have equal prospects."""
+        """Names the situation within the task. Equal states have equal chances of success."""
 
 
 class Question:
-    """What the environments that want an answer have in common. The first answer counts."""
+    """What the environments that want an answer have in common. Your class may inherit it, too.
+
+    Its `reset` calls `_pose` and returns the question. Its tools append what the policy asks of
+    them to `_trace`.
+    """
 
     def _pose(self, answer: str) -> None:
-        """`reset` calls this. The tools append to `_trace` what the policy asks of them."""
-        self._answer, self._given, self._trace = answer, None, []
+        """Start an attempt at the question that has this answer."""
+        self._answer = answer
+        self._given = None  # the policy's answer; the first one counts
+        self._trace = []  # what the policy asked the tools, in order
 
     def final_answer(self, answer: str) -> str:
         """Give the answer to the question and end the task.
@@ -99,7 +105,7 @@ class Question:
 
 
 def _normal(answer: str) -> str:
-    """An answer as it is compared.
+    """An answer without what does not matter: case, commas, a point at the end.
 
     >>> _normal(" 1,024. ") == _normal("1024"), _normal("Lisbon.") == _normal("lisbon")
     (True, True)
@@ -125,8 +131,8 @@ WORD_PROBLEMS = (
 class Calculator(Question):
     """Tool use. A word problem whose numbers are too large to work out in the head.
 
-    About 650,000 tasks by default (numbers of `digits` digits, and of one less). The best player
-    needs two turns: call, answer. `tool=0`: the calculator is out of order.
+    The first number has `digits` digits, the second one has one less. That makes about 650,000
+    tasks. The best player needs two turns: call, answer. `tool=0`: the calculator is out of order.
     """
 
     def __init__(self, digits: int = 3, tool: int = 1):
@@ -158,7 +164,7 @@ class Calculator(Question):
 
 
 def pick(random: Random, habits: dict[str, float]) -> str:
-    """One of the habits, by their shares.
+    """Draw one of the habits. The numbers are their shares.
 
     >>> [pick(Random(seed), {"guess": 0.9, "think": 0.1}) for seed in range(4)]
     ['guess', 'guess', 'think', 'guess']
@@ -255,13 +261,10 @@ def demonstrate_lookup(env: Lookup, random: Random) -> Iterator[str]:
     """Mostly stops too early, and answers with what its last search found."""
     habit = pick(random, {"one search": 0.15, "a search too few": 0.52, "right": 0.33})
     hops = len(env._chain) - 1
-    if habit == "one search":
-        hops = 1
-    if habit == "a search too few":
-        hops -= 1
-    for name in env._chain[:hops]:
+    searches = {"one search": 1, "a search too few": hops - 1, "right": hops}[habit]
+    for name in env._chain[:searches]:
         yield format_call("search", query=name)
-    yield env._chain[hops]
+    yield env._chain[searches]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,9 +275,9 @@ class Maze:
     """Planning. Corridors lead away from the start, one of them to the goal, and every move counts.
 
     Seen from the start, one corridor looks like another. Seen from the goal, there is only one way
-    back. A player who always steps nearer to the goal (`towards`) fails on every map. Of 20,000
-    seeds 14,226 maps differ. The best player needs one turn; the way is 4 to 6 moves long. `map=0`:
-    the map is not shown.
+    back. A player who always steps nearer to the goal (`towards`) fails on every map. 20,000 seeds
+    give 14,226 different maps. The way is 4 to 6 moves long, and the best player needs one turn.
+    `map=0`: the map is not shown.
     """
 
     def __init__(self, size: int = 6, corridors: int = 3, shortest: int = 4, slack: int = 0,
@@ -290,8 +293,7 @@ class Maze:
         self._dig(random)
         while len(self._way()) <= self.shortest or self._is_easy():
             self._dig(random)  # another one: this was too short, or too easy
-        self._best = len(self._way()) - 1
-        self._left, self._bumps, self._trace = self._best + self.slack, 0, []
+        self._left, self._bumps = len(self._way()) - 1 + self.slack, 0
         shown = self._drawn() if self.map else f"There is no map. (Maze {_number(random)})"
         return f"Walk from {self._here} to {self._goal} in {self._left} moves. {shown}"
 
@@ -340,7 +342,6 @@ class Maze:
             if self.done:
                 raise ValueError("no moves are left that would lead to the goal")
             self._left -= 1
-            self._trace.append(cell)
             if cell not in self._open or cell not in beside(self._here):
                 self._bumps += 1
                 return f"There is no way from {self._here} to {cell}. {self._left} moves are left."
@@ -361,7 +362,7 @@ class Maze:
 
     @property
     def behaviour(self) -> dict[str, float]:
-        return {"moves over the shortest": len(self._trace) - self._best, "bumps": self._bumps}
+        return {"moves over the shortest": self.slack - self._left, "bumps": self._bumps}
 
 
 def beside(cell: str) -> list[str]:
@@ -410,9 +411,9 @@ def _number(random: Random) -> str:
 
 
 def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
-    """Mostly stops its plan a step before the start, or walks straight at the goal, into walls.
+    """Mostly plans a step too few, or walks straight at the goal, into walls.
 
-    A plan is thought backwards, from the goal to the start.
+    It plans backwards, from the goal to the start. A plan that is too short lacks the first step.
     """
     habit = pick(random, {"no plan": 0.15, "plan too short": 0.53, "right": 0.32})
     if habit == "no plan":
@@ -422,7 +423,7 @@ def demonstrate_maze(env: Maze, random: Random) -> Iterator[str]:
     way = env._way()
     plan, steps = way, way[1:]
     if habit == "plan too short":
-        plan = steps = way[2:]  # the first step is missing
+        plan = steps = way[2:]
     thought = f"<think>{' '.join(reversed(plan))}</think>"
     while not env.done:
         yield thought + format_call("walk", route=" ".join(steps))
@@ -560,11 +561,8 @@ def demonstrate_recall(env: Recall, random: Random) -> Iterator[str]:
     habit = pick(random, {"no notes": 0.15, "notes the weather": 0.53, "right": 0.32})
     yield format_call("next_page")
     for page, fact in zip(env._book, env._facts):
-        notes = []
-        if habit == "notes the weather":
-            notes = [line for line in page if line != fact][:1]
-        if habit == "right":
-            notes = [fact]
+        weather = [line for line in page if line != fact]
+        notes = {"no notes": [], "notes the weather": weather[:1], "right": [fact]}[habit]
         calls = [format_call("remember", text=note) for note in notes]
         yield "".join([*calls, format_call("next_page")])
     yield format_call("recall", query=env._person)
@@ -649,7 +647,7 @@ def _compare(digit: str, right: str) -> str:
     return "low" if digit < right else "high"
 
 
-# The digit to try after 0, 1, ... 9, by the answer. After 5 it is 2 or 8, and so on.
+# NEXT[answer][digit] is the digit to try next. It halves what is left: after 5 it is 2 or 8.
 NEXT = {"low": "1244587899", "high": "0012325678", "right": "0123456789"}
 THOUGHTS = {"low": "more", "high": "less", "right": "stay"}
 
@@ -691,122 +689,42 @@ def make_env(spec: str) -> Callable[[], Env]:
     Raises EnvError, in one line that names the choices.
     """
     name, _, rest = spec.partition(":")
+    classes = ENVIRONMENTS
     if name.endswith(".py"):
-        cls_name, _, rest = rest.partition(":")
-        cls = _from_file(Path(name), cls_name)
-    elif name in ENVIRONMENTS:
-        cls = ENVIRONMENTS[name]
-    else:
-        choices = ", ".join(ENVIRONMENTS)
-        raise EnvError(f"unknown environment '{name}': choose from {choices}, or FILE.py:Class")
-    options = _options(spec, cls, rest)
-
-    def factory() -> Env:
-        try:
-            return cls(**options)
-        except Exception as e:
-            raise EnvError(f"{spec}: the constructor of {cls.__name__} raised {describe(e)}") from e
-
+        classes = _classes(Path(name))
+        name, _, rest = rest.partition(":")
+    if name not in classes:
+        choices = ", ".join([*classes, "FILE.py:Class"])
+        raise EnvError(f"unknown environment '{name}': choose from {choices}")
+    cls = classes[name]
+    try:
+        pairs = [pair.split("=") for pair in rest.split(",") if pair]
+        factory = functools.partial(cls, **{key: int(value) for key, value in pairs})
+        factory()  # what the constructor refuses, it refuses now
+    except Exception as e:
+        takes = f"{name} takes NAME=NUMBER of {inspect.signature(cls)}"
+        raise EnvError(f"{spec}: {describe(e)}. {takes}") from e
     return factory
 
 
-def _from_file(path: Path, cls_name: str) -> type:
-    if not path.is_file():
-        raise EnvError(f"no file {path}")
+def _classes(path: Path) -> dict[str, type]:
+    """Run a file. The classes that it defines or imports, by name."""
     # A name of its own: `random.py:MyEnv` must not take the place of Python's `random`.
-    name = f"env_file_{path.stem}_{task_hash(str(path.resolve()))}"
+    name = f"env_file_{task_hash(str(path.resolve()))}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # `demonstrator` and dataclasses look there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
-        del sys.modules[name]
         raise EnvError(f"{path} cannot be loaded: {describe(e)}") from e
-    classes = [(key, value) for key, value in vars(module).items() if inspect.isclass(value)]
-    own = [key for key, value in classes if value.__module__ == name]  # not imported ones
-    if cls_name not in own:
-        raise EnvError(f"{path} has no class '{cls_name}': choose from {', '.join(own) or 'none'}")
-    return getattr(module, cls_name)
-
-
-def _options(spec: str, cls: type, text: str) -> dict[str, int]:
-    """The constructor's arguments.
-
-    >>> _options("maze:size=5,slack=1", Maze, "size=5,slack=1")
-    {'size': 5, 'slack': 1}
-    """
-    parameters = inspect.signature(cls).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    options = {}
-    for pair in filter(None, text.split(",")):
-        key, _, value = pair.partition("=")
-        if key not in names or not re.fullmatch("-?[0-9]+", value):
-            choices = ", ".join(names) or "(none)"
-            raise EnvError(f"'{pair}' in '{spec}': want NAME=WHOLE NUMBER, NAME one of {choices}")
-        options[key] = int(value)
-    return options
+    return {key: value for key, value in vars(module).items() if inspect.isclass(value)}
 
 
 def demonstrator(factory: Callable[[], Env]) -> Callable[[Env, Random], Iterator[str]] | None:
     """The function `demonstrate_<class name in lower case>` beside the class, if there is one."""
     cls = type(factory())
-    return getattr(sys.modules.get(cls.__module__), f"demonstrate_{cls.__name__.lower()}", None)
-
-
-# --------------------------------------------------------------------------------------------------
-# Calling an environment: its code may raise or hang
-
-CALL_SECONDS = 10.0  # the time limit of each call
-
-
-def _call(env: Env, what: str, function: Callable, *arguments: Any) -> Any:
-    """What a function returns that runs an environment's code. Raises EnvError.
-
-    It runs in a thread, as the agent loop runs it. A call over its time limit is abandoned.
-    """
-    outcome = {}
-
-    def work() -> None:
-        try:
-            outcome["value"] = function(*arguments)
-        except BaseException as e:  # SystemExit too: this thread is the environment's
-            outcome["error"] = e
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(CALL_SECONDS)
-    what = f"{type(env).__name__}.{what}"
-    if not outcome:
-        raise EnvError(f"{what} took longer than {CALL_SECONDS:g} s")
-    if "error" in outcome:
-        raise EnvError(f"{what} raised {describe(outcome['error'])}") from outcome["error"]
-    return outcome["value"]
-
-
-def _want(ok: object, env: Env, what: str, got: object) -> None:
-    if not ok:
-        raise EnvError(f"{type(env).__name__}.{what}; it gave {got!r}")
-
-
-def _reset(env: Env, seed: int) -> str:
-    task = _call(env, f"reset({seed})", lambda: env.reset(seed))
-    is_text = isinstance(task, str) and task.strip()
-    _want(is_text, env, "reset(seed) must return the task as text", task)
-    return task
-
-
-def _read(env: Env, name: str, kind: type, *default: Any) -> Any:
-    value = _call(env, name, getattr, env, name, *default)
-    _want(isinstance(value, kind), env, f"{name} must be a property of type {kind.__name__}", value)
-    return value
-
-
-def _get_reward(env: Env) -> float:
-    reward = _call(env, "get_reward()", lambda: env.get_reward())
-    in_range = isinstance(reward, (int, float)) and 0 <= reward <= 1
-    _want(in_range, env, "get_reward() must return a number from 0 to 1", reward)
-    return reward
+    return getattr(sys.modules[cls.__module__], f"demonstrate_{cls.__name__.lower()}", None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -831,7 +749,7 @@ def held_out(task: str) -> bool:
 
 
 def for_final_figures(task: str) -> bool:
-    """Is it in the half of the held-out tasks that no setting was chosen on?"""
+    """Is this one of the held-out tasks (half of them) that no setting was chosen on?"""
     return int(task_hash(task), 16) % 10 == 0
 
 
@@ -843,31 +761,24 @@ def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
     A seed whose `reset` raises or hangs is passed over. Raises EnvError after 20 of these in a row,
     and after 2,000 seeds in a row without a task of the wanted kind.
     """
-    since = start  # the first seed after the last task of the wanted kind
-    for seed, task in _all_tasks(factory, start):
-        if (held_out(task), for_final_figures(task)) == (evaluation, final):
-            since = seed + 1
-            yield seed, task
-        elif seed >= since + MOST_SEEDS:
-            kind = "held out" if evaluation else "to train on"
-            raise EnvError(f"{type(factory()).__name__} has too few tasks: of the seeds {since} to "
-                           f"{seed} none gives one that is {kind}")
-
-
-def _all_tasks(factory: Callable[[], Env], start: int) -> Iterator[tuple[int, str]]:
-    """(seed, task) of every seed whose `reset` works."""
-    env, failed = factory(), 0
+    env, failed, unwanted = factory(), 0, 0
     for seed in itertools.count(start):
         try:
             task, failed = _reset(env, seed), 0
-        except EnvError as e:
+        except EnvError:
             failed += 1
             if failed == MOST_FAILURES:
-                raise EnvError(f"{type(env).__name__}.reset(seed) raised {failed} times in a row, "
-                               f"at last {describe(e.__cause__ or e)}") from e
+                raise
             env = factory()  # a call that was abandoned may still change the old one
-        else:
+            continue
+        unwanted += 1
+        if (held_out(task), for_final_figures(task)) == (evaluation, final):
+            unwanted = 0
             yield seed, task
+        elif unwanted == MOST_SEEDS:
+            kind = "held out" if evaluation else "to train on"
+            raise EnvError(f"{type(env).__name__} has too few tasks: of {MOST_SEEDS} seeds up to "
+                           f"{seed} none gives one that is {kind}")
 
 
 def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0,
@@ -879,69 +790,89 @@ def seeds(factory: Callable[[], Env], evaluation: bool, start: int = 0,
 # --------------------------------------------------------------------------------------------------
 # Checking an environment
 
+CALL_SECONDS = 10.0  # the time limit of each call of an environment's code
+
 
 def check_env(factory: Callable[[], Env]) -> None:
-    """Try an environment against the interface.
+    """Try an environment against the interface: one instance plays, the other one does not.
 
-    Raises EnvError that names the method and what it returned.
+    Raises EnvError that names what does not fit.
     """
-    a, b = factory(), factory()
-    task, again = _reset(a, 0), _reset(b, 0)
-    _want(task == again, a, "reset(0) must return the same task every time", (task, again))
-    others = {_reset(b, seed) for seed in range(1, 9)}
-    _want(others != {task}, a, "reset(seed) must depend on the seed: of 0 to 8 each gave the same "
-          "task", task)
-    fresh = _situation(a)
-    _want(not _read(a, "done", bool), a, "done must be False after reset", True)
-    _read(a, "behaviour", dict, {})
-    _check_tools(a)
-    _reset(b, 0)
-    _use_tools(a)
-    _get_reward(a)
-    now = _situation(b)
-    _want(now == fresh, a, f"<class>: instances must not share state. One was used, the other was "
-          f"{fresh}", now)
-    cleared = _reset(a, 0), *_situation(a)
-    _want(cleared == (task, *fresh), a, "reset(seed) must clear the last attempt. It was "
-          f"{(task, *fresh)}", cleared)
+    player, other = factory(), factory()
+    name = type(player).__name__
+    task, again = _reset(player, 0), _reset(other, 0)
+    _want(task == again, f"{name}.reset(0) must give the same task always: {task!r}, {again!r}")
+    fresh = _look(player)
+    _want(not player.done, f"{name}.done must be False after reset")
+    _use_tools(player)
+    _look(player)  # the reward must be in range now, too
+    now = _look(other)
+    _want(now == fresh, f"{name}: instances must share nothing. One played, the other went from "
+                        f"{fresh} to {now}")
+    cleared = _reset(player, 0), _look(player)
+    _want(cleared == (task, fresh), f"{name}.reset(0) must clear the last attempt. First it gave "
+                                    f"{(task, fresh)}, then {cleared}")
 
 
-def _situation(env: Env) -> tuple[str, bool, float]:
-    return _read(env, "state", str), _read(env, "done", bool), _get_reward(env)
+def _want(ok: object, otherwise: str) -> None:
+    if not ok:
+        raise EnvError(otherwise)
 
 
-def _check_tools(env: Env) -> None:
-    found = tools_of(env)
-    _want(found, env, "<public methods>: there must be at least one, they are the tools", [])
-    for name, tool in found.items():
-        what = f"{name}: type hints and a Google docstring make its schema, which"
-        _call(env, what, schema, tool)
-    if "final_answer" in found:
-        kinds = {key: spec.get("type") for key, spec in _arguments(found["final_answer"]).items()}
-        fits = kinds == {"answer": "string"}
-        _want(fits, env, "final_answer must have one argument, answer: str", kinds)
+def _reset(env: Env, seed: int) -> str:
+    return _ask(env, f"reset({seed})", str, lambda: env.reset(seed))
 
 
-def _arguments(tool: Callable) -> dict[str, dict]:
-    return schema(tool)["function"]["parameters"].get("properties", {})
+def _look(env: Env) -> tuple[str, bool, float]:
+    """What the environment says of the attempt."""
+    _ask(env, "behaviour", dict, lambda: getattr(env, "behaviour", {}))
+    state = _ask(env, "state", str, lambda: env.state)
+    done = _ask(env, "done", bool, lambda: env.done)
+    reward = _ask(env, "get_reward()", float, lambda: float(env.get_reward()))
+    _want(0 <= reward <= 1, f"{type(env).__name__}.get_reward() must be 0 to 1, not {reward}")
+    return state, done, reward
 
 
 def _use_tools(env: Env) -> None:
-    """Call each plain tool once, with values of the right types. It may do anything but hang."""
-
-    def use(tool: Callable, arguments: dict) -> None:
-        with contextlib.suppress(BaseException):  # sys.exit() too
-            tool(**arguments)
-
-    for name, tool in tools_of(env).items():
-        if not inspect.iscoroutinefunction(tool):
-            arguments = {key: _sample(spec) for key, spec in _arguments(tool).items()}
-            _call(env, name, use, tool, arguments)
-
-
-def _sample(spec: dict) -> Any:
+    """Describe each tool and call it once, with values of the right types. The call may fail."""
+    found = tools_of(env)
+    _want(found, f"{type(env).__name__} has no public method: these are the tools")
     samples = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
-    return spec["enum"][0] if "enum" in spec else samples.get(str(spec.get("type")), "x")
+    for name, tool in found.items():
+        described = _ask(env, f"{name}, whose type hints and docstring describe it as a tool,",
+                         dict, lambda: schema(tool))
+        arguments = {}
+        for key, spec in described["function"]["parameters"]["properties"].items():
+            arguments[key] = spec.get("enum", [samples.get(str(spec.get("type")), "x")])[0]
+        _want(name != "final_answer" or arguments == {"answer": "x"},
+              f"{type(env).__name__}.final_answer must have one argument, answer: str")
+        run = run_calls([Call(name, arguments)], found, timeout=2 * CALL_SECONDS)
+        _ask(env, name, list, lambda: asyncio.run(run))  # raises only if the call hangs
+
+
+def _ask(env: Env, part: str, kind: type, question: Callable[[], Any]) -> Any:
+    """What `question()` returns. It runs the environment's code, so it runs in a thread.
+
+    Raises EnvError that names the part if it raises, hangs, or returns another type than `kind`.
+    """
+    part, answer = f"{type(env).__name__}.{part}", Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as e:  # SystemExit too: this thread is the environment's
+            answer.set_exception(e)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        error = answer.exception(CALL_SECONDS)
+    except TimeoutError:
+        raise EnvError(f"{part} took longer than {CALL_SECONDS:g} s") from None
+    if error:
+        raise EnvError(f"{part} raised {describe(error)}") from error
+    value = answer.result()
+    _want(isinstance(value, kind), f"{part} must be of type {kind.__name__}, not {value!r}")
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -949,6 +880,7 @@ def _sample(spec: dict) -> Any:
 
 
 def _play(spec: str) -> None:
+    """A person plays, and calls the tools as Python functions."""
     factory = make_env(spec)
     check_env(factory)
     env = factory()
@@ -956,35 +888,16 @@ def _play(spec: str) -> None:
     print(env.reset(Random().randrange(10**6)))
     for name, tool in found.items():
         print(f"  {name}{inspect.signature(tool)}: {inspect.getdoc(tool).splitlines()[0]}")
-    try:
-        while not env.done:
-            line = input("a tool and its arguments, or an answer> ").strip()
-            if line:
-                [observation] = asyncio.run(run_calls([_read_line(line, found)], found))
-                print(observation.text)
-    except (EOFError, KeyboardInterrupt):
-        print("\nyou gave up")
+    while not env.done:
+        try:
+            # Python runs what you type here. So only a person may type it, never a model.
+            result = eval(input(">>> "), {}, found)
+            print(asyncio.run(result) if inspect.isawaitable(result) else result)
+        except (EOFError, KeyboardInterrupt):
+            break
+        except Exception as e:
+            print(describe(e))
     print(f"reward {env.get_reward():g}")
-
-
-def _read_line(line: str, found: dict[str, Callable]) -> Call | CallError:
-    """What a person typed, as a call. The last argument takes the rest of the line.
-
-    >>> _read_line("search Ada", tools_of(Lookup()))
-    Call(name='search', arguments={'query': 'Ada'})
-    >>> _read_line("Paris", tools_of(Lookup()))
-    Call(name='final_answer', arguments={'answer': 'Paris'})
-    """
-    name, _, rest = line.partition(" ")
-    if name not in found and "final_answer" in found:
-        name, rest = "final_answer", line
-    specs = _arguments(found[name]) if name in found else {}
-    arguments = dict(zip(specs, rest.split(maxsplit=len(specs) - 1)))
-    for key, value in arguments.items():
-        if specs[key].get("type") != "string":
-            with contextlib.suppress(ValueError):
-                arguments[key] = json.loads(value)
-    return parse(format_call(name, **arguments), found).calls[0]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What an agent still knows when its context window is full.
 
 An agent has two memories. *Working memory* is the context window: tokens that the model reads at
-every step, and their number is limited. `keep_turns` empties it. *Long-term memory* is
-`Notes`: text that the agent wrote down, found again by full-text search (SQLite FTS5, ranked by
-BM25). Emptying the window is safe only for an agent that has learned what to write down.
+every step, and their number is limited. When it is full, `keep_turns` says which turns leave.
+*Long-term memory* is `Notes`: text that the agent wrote down, found again by full-text search
+(SQLite FTS5, ranked by BM25). What leaves the window is lost to an agent that took no notes.
 
 `Search` is the same search over documents that are given, as a tool.
 
@@ -23,28 +23,34 @@ from collections.abc import Sequence
 from os import PathLike
 
 
-def keep_turns(fixed: int, turns: Sequence[int], budget: int) -> int:
-    """How many of the oldest turns must leave the window, so that the rest fits a budget.
+def keep_turns(fixed: int, turns: Sequence[int], window: int, free: int = 0) -> int:
+    """How many of the oldest turns must leave a context window that is full.
 
-    All numbers count tokens. The fixed part (system message, task) always stays. Whole turns leave,
-    the oldest first. A turn is a message of the agent with all observations that followed from it.
-    So no call loses its result, and no result its call. The newest turn leaves only if it does not
-    fit on its own. Raises ValueError if the fixed part is over the budget.
+    All numbers count tokens. The fixed part (system message, task) always stays. What stays leaves
+    `free` tokens of the window for the next message. A turn is a message of the agent with all
+    observations that followed from it. Whole turns leave, the oldest first. So no call loses its
+    result, and no result its call.
 
-    Give it about half of the window as the budget. With the whole window, the next turn would again
-    be one too many, and each turn would cost a new prompt.
+    What stays fills half of the window at most. With more, the window would soon be full again,
+    and each new turn would cost a new prompt. The newest turn stays even if it is longer than that,
+    for it holds what the agent asked for last. It leaves only if it does not fit at all. Raises
+    ValueError if the fixed part does not fit.
 
-    >>> keep_turns(fixed=10, turns=[30, 20, 20], budget=50)  # 10 + 20 + 20 fit
+    >>> keep_turns(fixed=10, turns=[30, 20, 20], window=100)  # 10 + 20 + 20 are half of 100
     1
-    >>> keep_turns(fixed=10, turns=[5, 5, 90], budget=50)  # the newest does not fit: none can stay
+    >>> keep_turns(fixed=10, turns=[5, 5, 70], window=100)  # more than half, but the newest fits
+    2
+    >>> keep_turns(fixed=10, turns=[5, 5, 70], window=100, free=30)  # it does not: none can stay
     3
     """
-    if fixed > budget:
-        raise ValueError(f"the fixed part has {fixed} tokens, more than the budget of {budget}")
-    room, leaving = budget - fixed, len(turns)
-    while leaving and turns[leaving - 1] <= room:
+    limit = window - free
+    if fixed > limit:
+        raise ValueError(f"the fixed part has {fixed} tokens, and there is room for {limit}")
+    used, leaving = fixed, len(turns)
+    while leaving and used + turns[leaving - 1] <= limit:
         leaving -= 1
-        room -= turns[leaving]
+        used += turns[leaving]
+        limit = min(limit, window // 2)  # for all but the newest
     return leaving
 
 
@@ -162,7 +168,7 @@ def _demo() -> None:
         lengths = [len(turn) for turn in turns]
         used = fixed + sum(lengths)
         if used > window:
-            leaving = keep_turns(fixed, lengths, window // 2)
+            leaving = keep_turns(fixed, lengths, window)
             turns = turns[leaving:]
             print(f"turn {number:2}: {used} words do not fit into {window}: "
                   f"the {leaving} oldest turns leave, {len(turns)} stay")

@@ -19,8 +19,8 @@ import agent
 from agent import CUT, INSTRUCTIONS, MARK, Agent, Chat, Completion, Episode, Script, Segment
 
 # isort: split
-from agent import WorldError, plain_episode, small_tokenizer, transcript
-from tools import Observation, format_call, schema, tools_of
+from agent import EnvFailure, plain_episode, small_tokenizer, transcript
+from tools import format_call, schema, tools_of
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
@@ -314,7 +314,7 @@ def test_contract_02_golden_stream_of_two_turns(name):
 
 
 @every_template
-def test_a_cut_message_gets_its_end_token_from_the_world(name):
+def test_a_cut_message_gets_its_end_token_from_the_environment(name):
     """An end token was appended by hand and trained. And half a call, completed, must not run."""
     chat, env = CHATS[name], Desk()
     cut = spell(chat.tokenizer, echo("hello"))[:-1]
@@ -353,7 +353,7 @@ def test_a_stop_token_that_only_the_model_knows_is_no_part_of_the_answer():
     episode, _ = play(chat, *messages)
     assert episode.success and episode.turns == 2
     between = pieces(chat, episode.segments[0])[2]
-    assert between == ("<|im_end|>" + GOLDEN["chatml"], False), "the world ends the turn"
+    assert between == ("<|im_end|>" + GOLDEN["chatml"], False), "the environment ends the message"
 
 
 def test_what_is_sampled_needs_a_log_prob_for_each_token():
@@ -408,7 +408,7 @@ def test_a_flood_never_pushes_out_its_own_message(name):
 
 
 def test_a_prompt_that_does_not_fit_ends_the_episode_before_the_first_turn():
-    """keep_turns raises then; and the engine must not be asked."""
+    """keep_turns would raise. The engine must not be asked."""
     episode, policy = play(CHATS["chatml"], env=Desk(task="long " * 500), context=600)
     assert episode.finish == "context" and episode.truncated
     assert not policy.inputs and not any(episode.segments[0].sampled)
@@ -673,7 +673,7 @@ def test_contract_09_parallel_results_come_in_call_order():
     assert text.count("<|im_end|>") == 1 and episode.tool_calls == 3 and episode.tool_errors == 1
 
 
-# ---- contract 8: nothing the world says can forge a role ----
+# ---- contract 8: no text from outside can forge a role ----
 
 
 def hostile_text(rng, name):
@@ -873,7 +873,7 @@ async def ask_twice(llm, chat, env):
     while first and first.calls:
         await agent.act(first)
         first = await agent.query()
-    agent.observe([Observation("Are you sure? Think again.", error=False)])
+    agent.observe("Are you sure? Think again.")
     second = await agent.query()
     await agent.act(second)
     return await agent.close()
@@ -907,12 +907,12 @@ def test_an_observation_needs_a_message_to_answer():
     agent = Agent(Policy(), CHATS["chatml"])
     asyncio.run(agent.start(Desk()))
     with pytest.raises(RuntimeError, match="observe answers a message, and there is none yet"):
-        agent.observe([Observation("Welcome.", error=False)])
+        agent.observe("Welcome.")
 
 
 def test_a_workflow_hears_of_a_failing_environment():
     agent = Agent(Policy(), CHATS["chatml"])
-    with pytest.raises(WorldError, match="reset: TypeError"):
+    with pytest.raises(EnvFailure, match="reset: TypeError"):
         asyncio.run(agent.start(type("Broken", (Desk,), {"reset": lambda self: "x"})()))
 
 

@@ -120,13 +120,13 @@ def test_an_environment_with_too_few_tasks_ends_the_search(evaluation):
             return next(text for text in map(str, range(100)) if held_out(text) != evaluation)
 
     kind = "held out" if evaluation else "to train on"
-    said = f"Few has too few tasks: of the seeds 7 to 2007 none gives one that is {kind}"
+    said = f"Few has too few tasks: of 2000 seeds up to 2006 none gives one that is {kind}"
     with pytest.raises(EnvError, match=f"^{said}$"):
         next(seeds(Few, evaluation=evaluation, start=7))
 
 
 def test_a_search_for_tasks_ends_after_the_last_one():
-    """The seeds that it names are those without one: the last seed found is not among them."""
+    """The seeds are counted from the last task that was found."""
 
     class Ends(Fine):
         def reset(self, seed):
@@ -135,7 +135,7 @@ def test_a_search_for_tasks_ends_after_the_last_one():
 
     found = seeds(Ends, evaluation=False)
     assert list(itertools.islice(found, 21)) == list(range(21))
-    with pytest.raises(EnvError, match="of the seeds 21 to 2021 none"):
+    with pytest.raises(EnvError, match="of 2000 seeds up to 2020 none"):
         next(found)
 
 
@@ -163,9 +163,9 @@ def hang(self, *_):
 
 
 @pytest.mark.parametrize("reset, last", [
-    (hang, r"EnvError: Bad\.reset\(19\) took longer than 0.02 s"),
-    (lambda self, seed: [].pop(), "IndexError: pop from empty list"),
-    (lambda self, seed: None, r"EnvError: Bad\.reset\(seed\) must return the task as text; it gave None"),
+    (hang, "took longer than 0.02 s"),
+    (lambda self, seed: [].pop(), "raised IndexError: pop from empty list"),
+    (lambda self, seed: None, "must be of type str, not None"),
 ])
 def test_a_reset_that_always_fails_ends_the_search_with_one_line(reset, last, monkeypatch):
     """Each failure costs one instance: a call that hangs may go on changing its own."""
@@ -176,8 +176,7 @@ def test_a_reset_that_always_fails_ends_the_search_with_one_line(reset, last, mo
         instances.append(type("Bad", (Fine,), {"reset": reset})())
         return instances[-1]
 
-    said = rf"^Bad\.reset\(seed\) raised 20 times in a row, at last {last}$"
-    with pytest.raises(EnvError, match=said):
+    with pytest.raises(EnvError, match=rf"^Bad\.reset\(19\) {last}$"):
         next(seeds(factory, evaluation=False))
     assert len(instances) == 20
 
@@ -192,16 +191,16 @@ def test_make_env_reads_difficulty():
     environment = make_env("lookup:people=12,hops=2")()
     assert (environment.people, environment.hops, environment.top) == (12, 2, 1)
     assert make_env("lookup")() is not make_env("lookup")()
-    with pytest.raises(EnvError, match=r"^maze:size=2: the constructor of Maze raised ValueError: size must be 4 to 9"):
+    with pytest.raises(EnvError, match=r"^maze:size=2: ValueError: size must be 4 to 9"):
         make_env("maze:size=2")()
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("looklup", f"unknown environment 'looklup': choose from {NAMES}"), ("", "unknown environment ''"),
-    ("lookup:hop=2", "'hop=2' in 'lookup:hop=2': want NAME=WHOLE NUMBER, NAME one of hops, people, top"),
-    ("lookup:hops", "'hops'"), ("lookup:hops=two", "'hops=two'"),
-    ("lookup:hops=--2", "'hops=--2'"), ("lookup:hops=²", "'hops=²'"),
-    ("nowhere.py:A", "no file nowhere.py"),
+    ("looklup", f"unknown environment 'looklup': choose from {NAMES}, FILE.py:Class"), ("", "unknown environment ''"),
+    ("lookup:hop=2", "lookup:hop=2: TypeError: "), ("lookup:hop=2", "'hop'. lookup takes NAME=NUMBER of (hops: int = 3, people:"),
+    ("lookup:hops", "lookup:hops: ValueError: "), ("lookup:hops=two", "'two'. lookup takes NAME=NUMBER of (hops: int = 3,"),
+    ("lookup:hops=--2", "'--2'"), ("lookup:hops=²", "'²'"), ("lookup:hops=2=3", "lookup takes NAME=NUMBER of"),
+    ("nowhere.py:A", "nowhere.py cannot be loaded: FileNotFoundError"),
 ])
 def test_make_env_says_what_is_wrong_in_one_line(spec, message):
     with pytest.raises(EnvError) as error:
@@ -264,23 +263,21 @@ def test_a_class_is_found_by_any_name_it_has_in_its_file(tmp_path):
 @pytest.mark.parametrize("code, message", [
     ("class A(:", "cannot be loaded: SyntaxError"), ("import no_such_module_", "cannot be loaded: ModuleNotFoundError"),
     ("raise SystemExit(3)", "cannot be loaded: SystemExit: 3"),
-    ("from pathlib import Path as A", "no class 'A': choose from none"),
-    ("class B: pass", "no class 'A': choose from B"),
+    ("", "unknown environment 'A': choose from FILE.py:Class"), ("A = 3", "unknown environment 'A': choose from FILE.py:Class"),
+    ("class B: pass", "unknown environment 'A': choose from B, FILE.py:Class"),
 ])
 def test_a_file_that_cannot_be_used_is_one_clear_line(tmp_path, code, message):
     (tmp_path / "bad.py").write_text(code)
-    before = set(sys.modules)
     with pytest.raises(EnvError, match=re.escape(message)) as error:
         make_env(f"{tmp_path}/bad.py:A")
-    assert "\n" not in str(error.value) and (message.startswith("no class") or set(sys.modules) == before)
+    assert "\n" not in str(error.value)
 
 
 def test_a_constructor_that_raises_is_one_clear_line(tmp_path):
     (tmp_path / "bad.py").write_text("class A:\n    def __init__(self, size=1, *rest, **more): raise RuntimeError('no\\nroom')")
-    with pytest.raises(EnvError, match="constructor of A raised RuntimeError: no room"):
-        check_env(make_env(f"{tmp_path}/bad.py:A:size=3"))
-    with pytest.raises(EnvError, match="NAME one of size$"):
-        make_env(f"{tmp_path}/bad.py:A:more=3")
+    for options in ("size=3", "more=3", ""):
+        with pytest.raises(EnvError, match=re.escape(f"bad.py:A:{options}: RuntimeError: no room. A takes NAME=NUMBER of (size=1, ")):
+            make_env(f"{tmp_path}/bad.py:A:{options}")
 
 
 # ---- check_env: one class for each way not to fit ----
@@ -353,30 +350,28 @@ def reset_that_keeps(self, seed):
 
 
 BROKEN = {
-    "reset returns nothing": ({"reset": lambda self, seed: None}, "reset(seed) must return the task as text; it gave None"),
-    "reset returns blanks": ({"reset": lambda self, seed: " \n"}, "it gave ' \\n'"),
+    "reset returns nothing": ({"reset": lambda self, seed: None}, "reset(0) must be of type str, not None"),
     "reset raises": ({"reset": fail}, "reset(0) raised OSError: no disk"),
     "reset takes no seed": ({"reset": lambda self: "x"}, "reset(0) raised TypeError"),
     "reset is missing": ({"reset": None}, "reset(0) raised TypeError"),
-    "reset ignores the seed": ({"reset": lambda self, seed: setattr(self, "given", None) or "x"}, "must depend on the seed"),
-    "reset is random": ({"reset": lambda self, seed: str(Random().random())}, "reset(0) must return the same task every time"),
-    "state is a method": ({"state": lambda self: ""}, "state must be a property of type str; it gave <bound method"),
-    "state is a number": ({"state": 3}, "state must be a property of type str; it gave 3"),
+    "reset is random": ({"reset": lambda self, seed: str(Random().random())}, "reset(0) must give the same task always"),
+    "state is a method": ({"state": lambda self: ""}, "state must be of type str, not <bound method"),
+    "state is a number": ({"state": 3}, "state must be of type str, not 3"),
     "state raises": ({"state": property(fail)}, "state raised OSError: no disk"),
-    "done is no bool": ({"done": property(lambda self: None)}, "done must be a property of type bool; it gave None"),
-    "done from the start": ({"done": True}, "done must be False after reset; it gave True"),
-    "reward is too large": ({"get_reward": lambda self: 10}, "get_reward() must return a number from 0 to 1; it gave 10"),
-    "reward is NaN": ({"get_reward": lambda self: float("nan")}, "it gave nan"),
-    "reward is nothing": ({"get_reward": lambda self: None}, "it gave None"),
-    "reward too large when done": ({"get_reward": lambda self: 2 if self.given else 0}, "it gave 2"),
+    "done is no bool": ({"done": property(lambda self: None)}, "done must be of type bool, not None"),
+    "done from the start": ({"done": True}, "done must be False after reset"),
+    "reward is too large": ({"get_reward": lambda self: 10}, "get_reward() must be 0 to 1, not 10.0"),
+    "reward is NaN": ({"get_reward": lambda self: float("nan")}, "must be 0 to 1, not nan"),
+    "reward is nothing": ({"get_reward": lambda self: None}, "get_reward() raised TypeError"),
+    "reward too large when done": ({"get_reward": lambda self: 2 if self.given else 0}, "must be 0 to 1, not 2.0"),
     "reward raises": ({"get_reward": fail}, "get_reward() raised OSError: no disk"),
     "reward is missing": ({"get_reward": property(lambda self: self.nothing)}, "get_reward() raised AttributeError"),
-    "behaviour is a list": ({"behaviour": [1]}, "behaviour must be a property of type dict; it gave [1]"),
-    "a tool without docstring": ({"look": undocumented}, "look: type hints and a Google docstring make its schema, which raised"),
-    "no tools": ({"final_answer": None}, "there must be at least one, they are the tools; it gave []"),
-    "final_answer of nothing": ({"final_answer": no_arguments}, "final_answer must have one argument, answer: str; it gave {}"),
-    "instances share": ({"reset": reset_of_shared, "final_answer": remember, "given": None}, "instances must not share state"),
-    "reset keeps the last attempt": ({"reset": reset_that_keeps}, "reset(seed) must clear the last attempt"),
+    "behaviour is a list": ({"behaviour": [1]}, "behaviour must be of type dict, not [1]"),
+    "a tool without docstring": ({"look": undocumented}, "look, whose type hints and docstring describe it as a tool, raised"),
+    "no tools": ({"final_answer": None}, "Mine has no public method: these are the tools"),
+    "final_answer of nothing": ({"final_answer": no_arguments}, "final_answer must have one argument, answer: str"),
+    "instances share": ({"reset": reset_of_shared, "final_answer": remember, "given": None}, "instances must share nothing"),
+    "reset keeps the last attempt": ({"reset": reset_that_keeps}, "reset(0) must clear the last attempt"),
 }
 
 
@@ -388,7 +383,7 @@ def test_check_env_names_the_method_and_what_it_gave(way):
     check_env(Fine)
     with pytest.raises(EnvError) as error:
         check_env(cls)
-    assert message in str(error.value) and "Mine." in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(error.value).startswith("Mine") and "\n" not in str(error.value)
 
 
 def look(self) -> str:
@@ -427,7 +422,7 @@ def test_check_env_uses_every_tool():
         def state(self):
             return str(self.log)
 
-    with pytest.raises(EnvError, match="instances must not share state.*north"):
+    with pytest.raises(EnvError, match="instances must share nothing.*north"):
         check_env(Shared)
 
 
@@ -468,17 +463,12 @@ def by_hand(monkeypatch, capsys):
 
 
 def test_playing_in_the_terminal(by_hand):
-    """A tool and its argument, an empty line, an answer; Ctrl-C or the end of the input in the middle is no traceback."""
-    out = by_hand("lookup", "search lies", "", "search", "Willow City")
-    assert "lies on the" in out and 'needs the argument "query"' in out
-    assert out.endswith("The answer was taken.\nreward 0\n")
+    """The tools are functions; a mistake is one line. Ctrl-C or the end of the input in the middle is no traceback."""
+    out = by_hand("lookup", 'search("lies")', "", "search()", "serach", 'final_answer("Willow City")')
+    assert "lies on the" in out and "SyntaxError: " in out and "NameError: name 'serach'" in out
+    assert "missing 1 required positional argument: 'query'" in out and out.endswith("The answer was taken.\nreward 0\n")
     for how in (EOFError, KeyboardInterrupt):
-        assert by_hand("calculator", "calculator 6 * 7", then=how).endswith("42\n\nyou gave up\nreward 0\n")
-
-
-def test_playing_names_what_a_call_lacks(by_hand):
-    out = by_hand("maze", "walk")
-    assert "needs the argument" in out and out.endswith("you gave up\nreward 0\n")
+        assert by_hand("calculator", 'calculator("6 * 7")', then=how).endswith("42\nreward 0\n")
 
 
 WALK = '''
@@ -495,22 +485,25 @@ class Walk:
             steps: How far
         """
         self.done = steps == 3
+    async def wait(self):
+        """Wait."""
+        return "waited"
     def get_reward(self): return float(self.done)
 '''
 
 
 def test_playing_what_has_no_final_answer(by_hand, tmp_path):
-    """Numbers are read as numbers, and an unknown tool is answered, not taken for an answer."""
+    """Whatever the arguments are, and if a tool waits."""
     (tmp_path / "walk.py").write_text(WALK)
-    out = by_hand(f"{tmp_path}/walk.py:Walk", "run", "walk north far", "walk north 3")
-    assert 'there is no tool "run"' in out and 'must be integer, not "far"' in out and out.endswith("done\nreward 1\n")
+    out = by_hand(f"{tmp_path}/walk.py:Walk", "wait()", "walk('north', steps=2)", "walk('north', 3)")
+    assert out.endswith("waited\nNone\nNone\nreward 1\n")
 
 
 def test_an_unknown_name_is_one_line_and_exit_code_2():
     command = [sys.executable, "env.py", "nowhere"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"unknown environment 'nowhere': choose from {NAMES}, or FILE.py:Class\n"
+    assert done.stderr == f"unknown environment 'nowhere': choose from {NAMES}, FILE.py:Class\n"
 
 
 def test_doctests():

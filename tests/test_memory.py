@@ -35,23 +35,39 @@ def test_the_oldest_turns_leave_and_no_more_than_needed():
     rng = random.Random(0)
     for _ in range(2000):
         turns = [rng.randrange(30) for _ in range(rng.randrange(8))]
-        fixed, budget = rng.randrange(20), rng.randrange(20, 120)
-        choices = range(len(turns) + 1)
-        fitting = [leave for leave in choices if fixed + sum(turns[leave:]) <= budget]
-        assert keep_turns(fixed, turns, budget) == min(fitting)
+        fixed, window, free = rng.randrange(20), rng.randrange(20, 240), rng.randrange(150)
+        limit = window - free
+        if fixed > limit:
+            continue
+        fitting = [len(turns)]
+        for leave in range(len(turns)):
+            newest_only = leave == len(turns) - 1
+            most = limit if newest_only else min(limit, window // 2)
+            if fixed + sum(turns[leave:]) <= most:
+                fitting.append(leave)
+        assert keep_turns(fixed, turns, window, free) == min(fitting)
 
 
 def test_an_old_turn_never_stays_without_the_newer_ones():
     """With the big turn gone and a small old one kept, answers stood there without questions."""
-    assert keep_turns(0, [1, 100, 1], 50) == 2
-    assert keep_turns(0, [1, 1, 100], 50) == 3
+    assert keep_turns(0, [1, 100, 1], 100) == 2
+    assert keep_turns(0, [1, 1, 101], 100) == 3
     assert keep_turns(0, [], 0) == 0
+
+
+def test_the_newest_turn_may_fill_more_than_half_of_the_window():
+    """Else a long observation is gone before the agent reads it, and it asks for the same again."""
+    assert keep_turns(0, [1, 1, 100], 100) == 2
+    assert keep_turns(10, [1, 60], 100, free=30) == 1
+    assert keep_turns(10, [1, 61], 100, free=30) == 2
 
 
 def test_a_window_too_small_for_the_task_is_an_error_with_numbers():
     """The task itself was cut in silence: nobody could solve it, and the reward meant nothing."""
     with pytest.raises(ValueError, match="11 .*10"):
         keep_turns(11, [1], 10)
+    with pytest.raises(ValueError, match="11 .*10"):
+        keep_turns(11, [1], 40, free=30)
 
 
 def test_notes_come_back_best_first():
