@@ -192,7 +192,12 @@ class Episode:
 
 
 class Agent:
-    """One policy in one environment, one episode at a time. Four verbs: run, step, query, act.
+    """One policy in one environment, one episode at a time. Four verbs:
+
+    run      one episode: `start`, then `step` until `episode.finish` is set, then `close`
+    step     one turn: `query`, then `act`
+    query    the policy writes a message, or a spent budget sets `finish`
+    act      its calls run; then `observe` appends the results, or the end of the task sets `finish`
 
     context: tokens that one segment may hold, the message being sampled included.
     tool_timeout: seconds for a tool call, and for each question to the environment.
@@ -386,12 +391,14 @@ class EnvFailure(Exception):
 
 
 def _text(value: Any) -> str:
+    """The value, which must be text."""
     if not isinstance(value, str):
         raise TypeError(f"want text, not {type(value).__name__}")
     return value.encode("utf-8", "replace").decode("utf-8")  # no tokenizer takes half a character
 
 
 def _behaviour(env) -> dict[str, float]:
+    """The environment's counts, if it has any."""
     return {name: float(value) for name, value in getattr(env, "behaviour", {}).items()}
 
 
@@ -410,8 +417,8 @@ and its result will follow. A message without a call is your final answer.
 </tools>"""
 
 # Two characters that Unicode leaves to private use, so no real text holds them.
-CUT = "\ue000"  # a text is encoded in pieces, from one CUT to the next
-MARK = "\ue001"  # stands for a text, to see where a template puts that text
+CUT = "\ue000"  # what stands before it and what stands after it are encoded separately
+MARK = "\ue001"  # stands for a text, to see whether and where a template puts that text
 # A fixed date. With today's, a run that is resumed tomorrow would have other prompts.
 TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 USER = {"role": "user", "content": "u"}
@@ -426,6 +433,10 @@ class Chat:
     A template turns a whole conversation into text. Here it never sees a sampled message. To get
     the text between two messages, `observation` renders a conversation with a fixed message in
     place of the sampled one, and takes what follows that message (as TRL does).
+
+    >>> chat = Chat(small_tokenizer([]))
+    >>> chat.tokenizer.decode(chat.observation(["4 coins"]))
+    '\\n<|im_start|>tool\\n4 coins<|im_end|>\\n<|im_start|>assistant\\n'
 
     Any template works that ends a message with a token of its own, such as `<|im_end|>`. The
     constructor tries what else it can do: show tools, take the roles `system` and `tool`. Where it
@@ -442,7 +453,7 @@ class Chat:
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer = tokenizer
-        # Ids of the tokens that are written in letters, such as `<|im_end|>`, and their letters.
+        # Control tokens, such as `<|im_end|>`: their ids, and the letters that stand for them.
         self._control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
                          if len(token.content) > 1 and token.content.strip()}
         self._template = TODAY + tokenizer.get_chat_template(tools=[MARKED_TOOL])
@@ -458,7 +469,7 @@ class Chat:
     def prompt(self, task: str, schemas: list[dict]) -> list[int]:
         """Ids of all before the policy's first message: tools, task, and the header of a message.
 
-        A header is what a template writes before a message: `<|im_start|>assistant` in ChatML.
+        A header is what stands before a message: `<|im_start|>assistant` and a newline in ChatML.
         """
         messages = [{"role": "user", "content": self.plain(task)}]
         if schemas and not self._shows_tools:
@@ -512,6 +523,7 @@ class Chat:
         return control[0]
 
     def _encode(self, text: str) -> list[int]:
+        """Ids of a text. No token reaches across a CUT, and CUT itself has no ids."""
         ids = []
         for piece in text.split(CUT):
             ids += self.tokenizer.encode(piece, add_special_tokens=False)
