@@ -1,7 +1,7 @@
 """How fast, how lean and how exact the fused loss is: against its own ceiling, torch, and the peers that are installed.
 
     python tests/bench_kernels.py              # with TRL, Liger, CCE, verl, as far as they are installed (requirements-peers.txt)
-    python tests/bench_kernels.py --sweep      # rows per chunk, to choose the default on a new GPU
+    python tests/bench_kernels.py --sweep      # tokens per chunk, to choose the default on a new GPU
     python tests/bench_kernels.py --shape 16384,2048,151936 --json figures.json
 
 Job: hidden states, head, targets, advantages, old log-probs -> loss and both gradients. All contestants take turns in one process;
@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time, weigh and check the fused loss on this machine.")
     parser.add_argument("--shape", default="", help="N,D,V: tokens (a multiple of 64), width, vocabulary")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweep", action="store_true", help="rows per chunk instead of the contestants")
+    parser.add_argument("--sweep", action="store_true", help="tokens per chunk instead of the contestants")
     parser.add_argument("--json", default="", help="file for the figures")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
