@@ -708,7 +708,7 @@ def make_env(spec: str) -> Callable[[], Env]:
 
 
 def _classes(path: Path) -> dict[str, type]:
-    """Run a file. The classes that it defines or imports, by name."""
+    """Run a file. The classes that it defines, by name."""
     # A name of its own: `random.py:MyEnv` must not take the place of Python's `random`.
     name = f"env_file_{task_hash(str(path.resolve()))}"
     module_spec = importlib.util.spec_from_file_location(name, path)
@@ -718,7 +718,8 @@ def _classes(path: Path) -> dict[str, type]:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         raise EnvError(f"{path} cannot be loaded: {describe(e)}") from e
-    return {key: value for key, value in vars(module).items() if inspect.isclass(value)}
+    classes = {key: value for key, value in vars(module).items() if inspect.isclass(value)}
+    return {key: cls for key, cls in classes.items() if cls.__module__ == name}
 
 
 def demonstrator(factory: Callable[[], Env]) -> Callable[[Env, Random], Iterator[str]] | None:
@@ -765,10 +766,10 @@ def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
     for seed in itertools.count(start):
         try:
             task, failed = _reset(env, seed), 0
-        except EnvError:
+        except EnvError as e:
             failed += 1
             if failed == MOST_FAILURES:
-                raise
+                raise EnvError(f"{failed} seeds failed in a row, at last: {e}") from e
             env = factory()  # a call that was abandoned may still change the old one
             continue
         unwanted += 1
@@ -801,14 +802,19 @@ def check_env(factory: Callable[[], Env]) -> None:
     player, other = factory(), factory()
     name = type(player).__name__
     task, again = _reset(player, 0), _reset(other, 0)
-    _want(task == again, f"{name}.reset(0) must give the same task always: {task!r}, {again!r}")
+    _want(task == again, f"{name}.reset(0) must always give the same task, not {task!r} and "
+                         f"{again!r}")
+    others = {_reset(other, seed) for seed in range(1, 9)}
+    _want(others != {task}, f"{name}.reset(seed) must depend on the seed: of 0 to 8 each gave "
+                            f"{task!r}")
+    _reset(other, 0)
     fresh = _look(player)
     _want(not player.done, f"{name}.done must be False after reset")
     _use_tools(player)
-    _look(player)  # the reward must be in range now, too
+    _look(player)  # all must be in order after an attempt, too
     now = _look(other)
-    _want(now == fresh, f"{name}: instances must share nothing. One played, the other went from "
-                        f"{fresh} to {now}")
+    _want(now == fresh, f"{name}: instances must share nothing. One played, and the other changed "
+                        f"from {fresh} to {now}")
     cleared = _reset(player, 0), _look(player)
     _want(cleared == (task, fresh), f"{name}.reset(0) must clear the last attempt. First it gave "
                                     f"{(task, fresh)}, then {cleared}")
@@ -829,7 +835,7 @@ def _look(env: Env) -> tuple[str, bool, float]:
     state = _ask(env, "state", str, lambda: env.state)
     done = _ask(env, "done", bool, lambda: env.done)
     reward = _ask(env, "get_reward()", float, lambda: float(env.get_reward()))
-    _want(0 <= reward <= 1, f"{type(env).__name__}.get_reward() must be 0 to 1, not {reward}")
+    _want(0 <= reward <= 1, f"{type(env).__name__}.get_reward() must be from 0 to 1, not {reward}")
     return state, done, reward
 
 
@@ -843,7 +849,8 @@ def _use_tools(env: Env) -> None:
                          dict, lambda: schema(tool))
         arguments = {}
         for key, spec in described["function"]["parameters"]["properties"].items():
-            arguments[key] = spec.get("enum", [samples.get(str(spec.get("type")), "x")])[0]
+            sample = samples.get(str(spec.get("type")), "x")
+            arguments[key] = spec.get("enum", [sample])[0]
         _want(name != "final_answer" or arguments == {"answer": "x"},
               f"{type(env).__name__}.final_answer must have one argument, answer: str")
         run = run_calls([Call(name, arguments)], found, timeout=2 * CALL_SECONDS)

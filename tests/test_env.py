@@ -176,7 +176,7 @@ def test_a_reset_that_always_fails_ends_the_search_with_one_line(reset, last, mo
         instances.append(type("Bad", (Fine,), {"reset": reset})())
         return instances[-1]
 
-    with pytest.raises(EnvError, match=rf"^Bad\.reset\(19\) {last}$"):
+    with pytest.raises(EnvError, match=rf"^20 seeds failed in a row, at last: Bad\.reset\(19\) {last}$"):
         next(seeds(factory, evaluation=False))
     assert len(instances) == 20
 
@@ -263,7 +263,7 @@ def test_a_class_is_found_by_any_name_it_has_in_its_file(tmp_path):
 @pytest.mark.parametrize("code, message", [
     ("class A(:", "cannot be loaded: SyntaxError"), ("import no_such_module_", "cannot be loaded: ModuleNotFoundError"),
     ("raise SystemExit(3)", "cannot be loaded: SystemExit: 3"),
-    ("", "unknown environment 'A': choose from FILE.py:Class"), ("A = 3", "unknown environment 'A': choose from FILE.py:Class"),
+    ("from pathlib import Path as A", "unknown environment 'A': choose from FILE.py:Class"), ("A = 3", "unknown environment 'A': choose from FILE.py:Class"),
     ("class B: pass", "unknown environment 'A': choose from B, FILE.py:Class"),
 ])
 def test_a_file_that_cannot_be_used_is_one_clear_line(tmp_path, code, message):
@@ -354,16 +354,17 @@ BROKEN = {
     "reset raises": ({"reset": fail}, "reset(0) raised OSError: no disk"),
     "reset takes no seed": ({"reset": lambda self: "x"}, "reset(0) raised TypeError"),
     "reset is missing": ({"reset": None}, "reset(0) raised TypeError"),
-    "reset is random": ({"reset": lambda self, seed: str(Random().random())}, "reset(0) must give the same task always"),
+    "reset is random": ({"reset": lambda self, seed: str(Random().random())}, "reset(0) must always give the same task"),
+    "reset ignores the seed": ({"reset": lambda self, seed: setattr(self, "given", None) or "x"}, "must depend on the seed"),
     "state is a method": ({"state": lambda self: ""}, "state must be of type str, not <bound method"),
     "state is a number": ({"state": 3}, "state must be of type str, not 3"),
     "state raises": ({"state": property(fail)}, "state raised OSError: no disk"),
     "done is no bool": ({"done": property(lambda self: None)}, "done must be of type bool, not None"),
     "done from the start": ({"done": True}, "done must be False after reset"),
-    "reward is too large": ({"get_reward": lambda self: 10}, "get_reward() must be 0 to 1, not 10.0"),
-    "reward is NaN": ({"get_reward": lambda self: float("nan")}, "must be 0 to 1, not nan"),
+    "reward is too large": ({"get_reward": lambda self: 10}, "get_reward() must be from 0 to 1, not 10.0"),
+    "reward is NaN": ({"get_reward": lambda self: float("nan")}, "must be from 0 to 1, not nan"),
     "reward is nothing": ({"get_reward": lambda self: None}, "get_reward() raised TypeError"),
-    "reward too large when done": ({"get_reward": lambda self: 2 if self.given else 0}, "must be 0 to 1, not 2.0"),
+    "reward too large when done": ({"get_reward": lambda self: 2 if self.given else 0}, "must be from 0 to 1, not 2.0"),
     "reward raises": ({"get_reward": fail}, "get_reward() raised OSError: no disk"),
     "reward is missing": ({"get_reward": property(lambda self: self.nothing)}, "get_reward() raised AttributeError"),
     "behaviour is a list": ({"behaviour": [1]}, "behaviour must be of type dict, not [1]"),

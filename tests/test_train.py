@@ -205,8 +205,8 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path):
 
 BAD = [
     (["--env", "chess"], "unknown environment 'chess': choose from calculator, lookup"),
-    (["--env", "calculator:digit=2"], "NAME one of digits"),
-    (["--env", "missing.py:Mine"], "no file missing.py"),
+    (["--env", "calculator:digit=2"], "calculator takes NAME=NUMBER of (digits: int = 3"),
+    (["--env", "missing.py:Mine"], "missing.py cannot be loaded: FileNotFoundError"),
     (["--model", "not/a/folder"], "no causal language model at 'not/a/folder'"),
     (["--resume", "runs/none"], "no run at 'runs/none'"),
     (["--eval-only", "runs/none"], "no run at 'runs/none'"),
