@@ -24,9 +24,15 @@ Sampled ids are appended as they are. Only the new text of the environment is en
     errors             a broken environment costs its own episode, not the run
     chat templates     `Chat` turns the messages of any model into ids
 
-Left out: streaming, images, a choice of tools per message, several agents in one episode. To write
-a workflow of your own, write an `async def` function: await `start`, then `query` and `act` in your
-own loops and ifs, then `close`.
+Left out: streaming, images, other tools during an episode, several agents in one episode. A
+workflow of your own is an `async def` function like this one:
+
+    await agent.start(env, seed)
+    while not agent.episode.finish:
+        message = await agent.query()   # None: the message was cut, or the episode is over
+        if message is not None:
+            await agent.act(message)    # or agent.observe("your own text")
+    return await agent.close()
 
 Takes an LLM (the engine of rollout.py, or any object with `generate`), a tokenizer and an
 environment (env.py). Gives an Episode (to grpo.py). `python agent.py` prints one episode token by
@@ -48,7 +54,7 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from memory import keep_turns
+from memory import turns_to_drop
 from tools import Call, CallError, Message, parse, run_calls, schema, tools_of
 
 # isort: split
@@ -59,9 +65,10 @@ from tools import clip, describe, in_thread
 
 
 async def plain_episode(llm: LLM, tokenizer, env, seed: int = 0) -> Episode:
-    """Play one episode as `Agent.run` does, but without limits, and for ChatML models only.
+    """Play one episode as `Agent.run` does. A message over 256 tokens ends it; turns are unlimited.
 
-    llm samples the messages. env is an environment of env.py with the tool `final_answer`.
+    For models whose template is `CHATML`. llm samples the messages. env is an environment of env.py
+    with the tool `final_answer`.
     """
     rng, segment = Random(seed), Segment()
     task, tools = env.reset(seed), tools_of(env)
@@ -73,8 +80,10 @@ async def plain_episode(llm: LLM, tokenizer, env, seed: int = 0) -> Episode:
         # The policy samples a message. The log-probs mark its tokens as `sampled`.
         out = await llm.generate(segment.ids, 256, rng=rng, temperature=1.0)
         segment.extend(out.ids, turn, out.logps)
-        # Its text serves to find the tool calls. It is never encoded again.
-        message = parse(tokenizer.decode(out.ids[:-1]), tools)  # the last id is <|im_end|>
+        if out.finish == "length":
+            break  # the message was cut: it has no <|im_end|>, and must not be run
+        # The text is only used to find the tool calls. It is never encoded again.
+        message = parse(tokenizer.decode(out.ids[:-1]), tools)  # [:-1]: without <|im_end|>
         calls = message.calls or [Call("final_answer", {"answer": message.text})]
         observations = await run_calls(calls, tools)
         if env.done:
@@ -148,11 +157,11 @@ class Episode:
     """One attempt at one task. `finish` says how it ended:
 
     terminated    answered     the policy gave its final answer
-                  env_done     the task came to its end in another way, such as a last move
-    truncated     max_turns    the policy had no turns left
-                  length       the same, and the length limit had cut its last message
-                  context      the prompt leaves no room for a message
-    neither       error        the environment's own code failed, so the reward means nothing
+                  env_done     the task ended in another way, for example by the last move
+    truncated     max_turns    the policy used all its turns
+                  length       the policy used all its turns, and its last message was cut
+                  context      the prompt alone leaves no room for a message
+    failed        error        the environment's own code failed, so the reward means nothing
     """
 
     seed: int = 0  # of the task, not of the sampling
@@ -178,7 +187,7 @@ class Episode:
 
     @property
     def truncated(self) -> bool:
-        """One of our budgets cut the episode, not the task."""
+        """A budget ended the episode before the task was over."""
         return self.finish in ("max_turns", "context", "length")
 
     @property
@@ -208,11 +217,11 @@ class Agent:
         self.llm, self.chat = llm, chat
         self.max_turns, self.max_new_tokens, self.context = max_turns, max_new_tokens, context
         self.temperature, self.tool_timeout = temperature, tool_timeout
-        self.max_input = context - max_new_tokens  # tokens that the LLM may be given to continue
+        self.max_input = context - max_new_tokens  # the longest input with room for a message
         # Of the current episode; `start` sets all of it.
         self.episode, self.rng, self.env, self.tools = Episode(), Random(), None, {}
         self.prompt: list[int] = []  # ids before the first message
-        self.window: list[list[int]] = []  # ids of the turns that the next message will see
+        self.turns: list[list[int]] = []  # ids of the turns that the next message will see
 
     async def run(self, env, seed: int = 0, rng: Random | None = None) -> Episode:
         """Play one episode. `env`: an environment, or a function that makes one.
@@ -259,7 +268,7 @@ class Agent:
         out = await self.llm.generate(self.segment.ids, self.max_new_tokens, rng=self.rng,
                                       temperature=self.temperature)
         self.segment.extend(out.ids, episode.turns, out.logps)
-        self.window.append(list(out.ids))
+        self.turns.append(list(out.ids))
         episode.turns += 1
         if out.finish == "length":
             # Half a call must never run: `{"path": "/` is not what the policy asked for.
@@ -292,11 +301,11 @@ class Agent:
 
     def observe(self, *texts: str) -> None:
         """Append what the policy reads next, once after each message. It is never trained on."""
-        if not self.window:
+        if not self.turns:
             raise RuntimeError("observe answers a message, and there is none yet: "
                                "text before the first message belongs in the task")
         ids = self._observation_ids(texts)
-        self.window[-1] += ids
+        self.turns[-1] += ids
         # If it leaves no room for a message, the policy reads it in the segment that `query` opens.
         if not self._is_full():
             self.segment.extend(ids, self.episode.turns - 1)
@@ -326,31 +335,32 @@ class Agent:
 
     def _is_full(self) -> bool:
         """Is there no room for another message?"""
-        return len(self.prompt) + sum(len(turn) for turn in self.window) > self.max_input
+        return len(self.prompt) + sum(len(turn) for turn in self.turns) > self.max_input
 
     def _drop_old_turns(self) -> None:
         """The context window is full: go on in a new segment, with the newest turns only."""
-        lengths = [len(turn) for turn in self.window]
-        leaving = keep_turns(len(self.prompt), lengths, self.context, self.max_new_tokens)
-        self._open_segment(self.window[leaving:])
+        lengths = [len(turn) for turn in self.turns]
+        leaving = turns_to_drop(len(self.prompt), lengths, self.context, self.max_new_tokens)
+        self._open_segment(self.turns[leaving:])
 
     def _open_segment(self, turns: list[list[int]]) -> None:
         """Begin a segment with the prompt and these turns.
 
         None of it is `sampled` here: each token is trained in the segment where it was chosen.
         """
-        self.window = turns
+        self.turns = turns
         self.episode.segments.append(Segment())
         self.segment.extend(self.prompt, turn=-1)
         for turn, ids in enumerate(turns, self.episode.turns - len(turns)):
             self.segment.extend(ids, turn)
 
     def _observation_ids(self, texts: Iterable[str]) -> list[int]:
-        """Ids of an observation, its texts shortened until they take at most half of what is free.
+        """Ids of an observation. Long texts are shortened, to 15 characters at the least.
 
+        The aim: the observation takes at most half of the free tokens, and fits beside its message.
         So a tool that returns very much does not push the message that called it out of the window.
         """
-        message = self.window[-1]
+        message = self.turns[-1]
         closed = message[-1:] == [self.chat.end_id]  # not if it was cut, or has another stop token
         free = self.max_input - len(self.prompt)
         room = min(free // 2, free - len(message))
@@ -416,7 +426,7 @@ and its result will follow. A message without a call is your final answer.
 %s
 </tools>"""
 
-# Two characters that Unicode leaves to private use, so no real text holds them.
+# Two characters that Unicode leaves to private use. `plain` removes them from texts.
 CUT = "\ue000"  # what stands before it and what stands after it are encoded separately
 MARK = "\ue001"  # stands for a text, to see whether and where a template puts that text
 # A fixed date. With today's, a run that is resumed tomorrow would have other prompts.

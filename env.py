@@ -4,16 +4,17 @@ An environment is a class. `reset(seed)` poses a task in words, every public met
 `get_reward()` scores the attempt. Nothing here knows of tokens or models. Read `Env`, `Question`
 and `Calculator`: they show all there is. Each environment needs one capability of an agent:
 
-    calculator   tool use: arithmetic too large for the head
+    calculator   tool use: arithmetic with numbers too large to do without a tool
     lookup       multi-turn interaction: the answer to a question is two or three searches away
     maze         planning: one of several corridors leads to the goal, and every move counts
     chain        reasoning: a program of more steps than a model can execute without thinking aloud
     recall       memory: a question about a page that has left the context window
     mastermind   self-reflection: a hidden code, found by correcting one's own guesses
 
-A demonstrator is a function beside the class. It yields the messages of one attempt. It shows how
-to call tools, but most of its attempts fail. So a model that imitates it mostly fails, too: the
-capability itself must come from reinforcement learning.
+A demonstrator is a function beside the class. It yields the messages of one attempt. Each attempt
+follows one habit, drawn at random. About one attempt in three is right; the others make a typical
+mistake. A model that imitates the demonstrator copies this mixture, so it mostly fails.
+Reinforcement learning then finds out which habit earns the reward, and makes it likely.
 
 One task in five is held out by its content (`held_out`): it is never trained on.
 
@@ -69,10 +70,10 @@ class Env(Protocol):
 
 
 class Question:
-    """What the environments that want an answer have in common. Your class may inherit it, too.
+    """Base class of the environments that end with an answer. Your class may inherit from it.
 
-    Its `reset` calls `_pose` and returns the question. Its tools append what the policy asks of
-    them to `_trace`.
+    A subclass does three things. Its `reset` calls `_pose` with the right answer. Then `reset`
+    returns the question. Each of its tools appends its input to `_trace`, which becomes `state`.
     """
 
     def _pose(self, answer: str) -> None:
@@ -214,6 +215,8 @@ class Lookup(Question):
     anything.
     """
 
+    # A sentence is longer than those about what it mentions: BM25 ranks shorter documents first, so
+    # a search for a name finds the document about it.
     FACTS = ("{} works as an accountant for {}.", "{} is based in {}.", "{} lies on the {}.")
     QUESTIONS = {  # hops: question
         2: "In which city is the company based that {} works for?",
@@ -275,9 +278,10 @@ class Maze:
     """Planning. Corridors lead away from the start, one of them to the goal, and every move counts.
 
     Seen from the start, one corridor looks like another. Seen from the goal, there is only one way
-    back. A player who always steps nearer to the goal (`towards`) fails on every map. 20,000 seeds
-    give 14,226 different maps. The way is 4 to 6 moves long, and the best player needs one turn.
-    `map=0`: the map is not shown.
+    back. So it helps to plan from the goal. Maps on which a player succeeds that always steps
+    nearer to the goal (`towards`) are thrown away. By default the way is 4 to 6 moves long, and
+    20,000 seeds give 14,226 different maps. The best player needs one turn. `map=0`: the map is not
+    shown.
     """
 
     def __init__(self, size: int = 6, corridors: int = 3, shortest: int = 4, slack: int = 0,
@@ -484,12 +488,13 @@ WEATHER = "rained froze snowed thawed drizzled thundered".split()
 
 
 class Recall(Question):
-    """Memory. Pages that the window cannot hold. The question is about one that has left it.
+    """Memory. A book to read, page by page. At the end comes a question about an early page.
 
-    On each page one line says where somebody lives, and others are about the weather. Only notes
-    outlive the window. There are more than 10^20 books. The best player needs a turn to open the
-    book, one per page (it notes and turns the page in one message), one to look up its note and one
-    to answer. `notes=0`: notes are dropped.
+    The agent's `context` must be smaller than the book, as it is by default in train.py. Then the
+    early pages have left the window when the question comes, and only notes can answer it. On each
+    page, one line says where somebody lives. The others are about the weather. There are more than
+    10^20 books. The best player needs `pages` + 3 turns: one opens the book; one per page writes a
+    note and turns the page; one searches the notes; one answers. `notes=0`: notes are dropped.
     """
 
     def __init__(self, pages: int = 4, lines: int = 2, notes: int = 1):
@@ -503,7 +508,7 @@ class Recall(Question):
         people, homes = _people(random, self.pages), random.sample(PLACE, self.pages)
         self._facts = [f"{person} lives in {home}." for person, home in zip(people, homes)]
         self._book = [self._page(random, fact) for fact in self._facts]
-        # From the first half of the book, which has left the window by then.
+        # Ask about the first half of the book: it has left a small window before the question.
         asked = random.randrange((self.pages + 1) // 2)
         self._person, self._turned, self._store, self._queries = people[asked], 0, Notes(), []
         self._pose(homes[asked])
@@ -750,7 +755,7 @@ def held_out(task: str) -> bool:
 
 
 def for_final_figures(task: str) -> bool:
-    """Is this one of the held-out tasks (half of them) that no setting was chosen on?"""
+    """Is this task in the half of the held-out ones that were not looked at to choose settings?"""
     return int(task_hash(task), 16) % 10 == 0
 
 

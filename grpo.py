@@ -18,8 +18,9 @@ second network is needed.
     loss     -> `plain_update`  gradient, optimizer step; the same batch again for some epochs
 
 The ratio of a token is its probability now, divided by its probability when it was sampled. It
-starts at 1. A good token may gain from a ratio of up to 1.28, a bad one from a ratio down to 0.8.
-Beyond that its term of the loss is constant, so it adds no gradient.
+starts at 1. If the advantage is positive, training raises the ratio. Above 1.28 the token adds no
+more gradient. If the advantage is negative, training lowers the ratio. Below 0.8 the token adds no
+more gradient.
 
 Read down to the first line of ==== for the algorithm. `GRPOConfig` (the options) and
 `token_weights` stand below it. `learn_bandit`, at the end of this file, is a whole training loop of
@@ -33,9 +34,9 @@ drops the division, and DAPO gives all tokens the same weight and clips wider up
 KL term. Each choice is an option of `GRPOConfig`. Imitation is the same update with advantage 1 and
 `kind="reinforce"`.
 
-Left out: a replay buffer, a critic, LoRA. The episodes come from rollout.py, but any objects with
-`segments`, `reward`, `group`, `finish`, `states` and `turns` will do. `python grpo.py` learns a
-small bandit. To use this file elsewhere, copy it with kernels.py.
+Left out: a replay buffer, a second network that predicts rewards, LoRA. The episodes are those of
+agent.py. `python grpo.py` learns a small bandit: episodes of one token. To use this file elsewhere,
+copy it with kernels.py.
 """
 
 from __future__ import annotations
@@ -93,17 +94,21 @@ def advantages(rewards: Sequence[float], groups: Sequence, divide_by_std: bool =
 
 @dataclass
 class Row:
-    """One segment of an episode: what filled the context window once (see agent.Segment)."""
+    """One segment of an episode: tokens that were in the context together (see agent.Segment)."""
 
     ids: list[int]
-    trained: list[int]  # positions of the tokens to train, ascending. No token predicts the first
+    trained: list[int]  # positions in `ids` of the tokens to train, ascending. Never position 0
     advantages: list[float]  # one for each of these
     behavior_logps: list[float]  # the log-prob each had when it was sampled in the rollout
     episode: int  # the number of its episode
 
     @property
     def inputs(self) -> list[int]:
-        """What the model reads: all before the last trained token. Later ones are not needed."""
+        """The tokens that the fast version sends through the model.
+
+        The token at position p is predicted from positions 0 to p - 1. So the last trained token
+        and all tokens behind it are left out.
+        """
         return self.ids[: self.trained[-1]]
 
 
@@ -129,11 +134,14 @@ def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: floa
         logps = log_probs[i, positions - 1, tokens]  # [N], the token before predicts each
 
         like = {"dtype": logps.dtype, "device": logps.device}
+        # log p_old, as the rollout recorded it. (`update` computes it again instead.)
         old_logps = torch.tensor(row.behavior_logps, **like)  # [N]
         advantage = torch.tensor(row.advantages, **like)  # [N]
         ratio = (logps - old_logps).exp()
         clipped = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
-        # The smaller of the two: a ratio that has moved too far gains nothing more.
+        # The minimum takes the clipped ratio, a constant, in two cases:
+        # advantage > 0 and ratio > 1 + eps_high, or advantage < 0 and ratio < 1 - eps_low.
+        # Then the gradient is 0. Else it is weight * advantage * ratio * grad log p.
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         loss = loss - weight * gain.sum()
     return loss
@@ -202,15 +210,15 @@ def turn_advantages(episodes: Sequence[Episode], **options) -> list[list[float]]
     """The advantage of each turn: the reward of its episode, minus the mean reward of all episodes
     of the group that were in the state in which the turn began.
 
-    From GiGPO (arXiv 2505.10978). An episode that was in a state twice counts once in this mean.
-    `options`: those of `advantages`.
+    After GiGPO (arXiv 2505.10978), which also discounts rewards. An episode that was in a state
+    twice counts once in this mean. `options`: those of `advantages`.
 
     >>> from types import SimpleNamespace as E
     >>> first = E(group=0, reward=1.0, states=["start", "door"])
     >>> turn_advantages([first, E(group=0, reward=0.0, states=["start"])])
     [[0.5, 0.0], [-0.5]]
     """
-    group_of = {}  # of each (episode, state)
+    group_of = {}  # (episode, state): its group for `advantages`
     for i, episode in enumerate(episodes):
         for state in episode.states:
             group_of[i, state] = (episode.group, state)
@@ -232,20 +240,20 @@ def make_rows(episodes: Sequence[Episode],
     options = {"divide_by_std": config.divide_by_std, "leave_one_out": config.leave_one_out}
     usable = [i for i, e in enumerate(episodes) if e.finish != "error" and math.isfinite(e.reward)]
     played = [episodes[i] for i in usable]
-    values = advantages([e.reward for e in played], [e.group for e in played], **options)
-    turn_values = [[0.0] * e.turns for e in played]
+    firsts = advantages([e.reward for e in played], [e.group for e in played], **options)
+    seconds = [[0.0] * e.turns for e in played]  # for each turn
     if config.turn_credit:
-        turn_values = turn_advantages(played, **options)
-    rows, of_episode = [], [0.0] * len(episodes)
-    for number, value, of_turns in zip(usable, values, turn_values):
-        sums = [value + config.turn_credit * of_turn for of_turn in of_turns]
+        seconds = turn_advantages(played, **options)
+    rows, for_log = [], [0.0] * len(episodes)
+    for number, first, second in zip(usable, firsts, seconds):
+        sums = [first + config.turn_credit * of_turn for of_turn in second]
         per_turn = [a if a > 0 else config.negative_weight * a for a in sums]
         rows += episode_rows(episodes[number], number, per_turn, train_all)
-        of_episode[number] = value
+        for_log[number] = first
     groups = {e.group for e in episodes}
-    with_signal = {e.group for e, value in zip(played, values) if value}
+    with_signal = {e.group for e, first in zip(played, firsts) if first}
     no_signal = 1 - len(with_signal) / len(groups) if groups else 1.0
-    return rows, of_episode, {"no_signal": no_signal}
+    return rows, for_log, {"no_signal": no_signal}
 
 
 def episode_rows(episode: Episode, number: int, per_turn: Sequence[float],
@@ -695,11 +703,11 @@ def learn_bandit(improve: Callable, steps: int = 50, attempts: int = 16) -> floa
             logits = model(input_ids=torch.tensor(questions)[:, None]).logits[:, 0]  # [B, V]
         policy = torch.distributions.Categorical(logits=logits)
         answers = policy.sample()  # [B]
-        ids = [[question, answer] for question, answer in zip(questions, answers.tolist())]
-        rewards = [float(answer == (5 * question + 3) % 32) for question, answer in ids]
-        columns = zip(ids, advantages(rewards, questions), policy.log_prob(answers).tolist())
-        rows = [Row(text, [1], [advantage], [logp], episode=i)
-                for i, (text, advantage, logp) in enumerate(columns) if advantage]
+        pairs = [[question, answer] for question, answer in zip(questions, answers.tolist())]
+        rewards = [float(answer == (5 * question + 3) % 32) for question, answer in pairs]
+        found = zip(pairs, advantages(rewards, questions), policy.log_prob(answers).tolist())
+        rows = [Row(ids, [1], [advantage], [logp], episode=i)
+                for i, (ids, advantage, logp) in enumerate(found) if advantage]
         improve(model, optimizer, rows, GRPOConfig(epochs=2))  # the second: ratios other than 1
         success = sum(rewards) / len(rewards)
         if step % 10 == 0 or step == 1:

@@ -51,13 +51,14 @@ LOG_LIMIT = 60.0
 # --------------------------------------------------------------------------------------------------
 # 1. The idea: the loss, as a function of log-probs
 #
-# The advantage A of a token says how much better than expected its episode went. The loss
-# -A * log p raises p, the probability of the token, if A is positive, and lowers it if A is
-# negative. That is REINFORCE.
+# The advantage A of a token says how much better than expected its episode went. The loss of
+# REINFORCE is -A * log p, where p is the probability of the token. To minimise it raises p if A is
+# positive, and lowers p if A is negative.
 #
 # But a batch serves several epochs. After the first, the policy is no longer the one that sampled
-# the tokens. The ratio p / p_old corrects for most of that: the loss is -A * ratio. Its gradient is
-# that of REINFORCE times the ratio, since d ratio = ratio * d log p.
+# the tokens. So the gradient of each token is multiplied by the ratio p / p_old. The loss with this
+# gradient is -A * ratio, since d ratio = ratio * d log p. (An approximation: the ratios of earlier
+# tokens are left out.)
 #
 # The correction is good only while the policy is near the old one. So PPO clips: a token whose
 # ratio has moved far enough in the direction of its advantage gets no more gradient.
@@ -91,9 +92,10 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
     logps           log-prob of the sampled token under the policy in training
     entropy         of the policy's distribution over that token. Only `entropy_coef` needs it
     advantages      A
-    old_logps       log-prob in the first epoch of the batch. None: this is the first epoch
-    behavior_logps  log-prob recorded in the rollout. It can differ from old_logps by rounding. Only
-                    `tis_cap` needs it
+    old_logps       log p_old, the denominator of the ratio, as the first epoch computed it. None:
+                    this is the first epoch, so the ratio is 1
+    behavior_logps  log p_old again, as the rollout recorded it. It may be rounded in another way.
+                    Only `tis_cap` needs it
     ref_logps       log-prob under the reference model. Only `kl_coef` needs it
     sequence_ids    the number of each token's sequence. All tokens of a sequence share one ratio,
                     the geometric mean of their ratios (GSPO, 2507.18071, with far narrower limits
@@ -145,9 +147,10 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
         gain = gain * (old_logps - behavior_logps).exp().clamp(max=options.tis_cap).detach()
     loss = -gain
     if options.kl_coef:
-        # Over tokens that the policy samples, the mean of -delta is the KL, and the mean of
-        # exp(delta) - 1 is 0. Their sum has the same mean, but is never negative. (As a loss, its
-        # gradient is that of the KL in the other direction, from the reference to the policy.)
+        # This estimates KL(policy || reference). For a token that the policy samples, the mean of
+        # -delta is this KL, and the mean of exp(delta) - 1 is 0. So adding the second keeps the
+        # mean, and makes every term at least 0. Its gradient is another matter: on average it is
+        # that of KL(reference || policy).
         delta = (ref_logps - logps).clamp(-LOG_LIMIT, LOG_LIMIT)
         loss = loss + options.kl_coef * (delta.exp() - delta - 1)
     if options.entropy_coef:
@@ -332,12 +335,13 @@ def linear_policy_loss(hidden, head, targets, advantages, weights, *, old_logps=
     for example 1 / (tokens of the whole batch). `options` are those of `Options`. `temperature`
     must be the one that was sampled at, or the first ratio is not 1.
 
-    Tokens that cannot matter are dropped before any product. They may hold anything (a target of
-    -100, NaN), and their gradient is exactly 0. These are tokens of weight 0; and, without KL and
-    entropy, tokens of advantage 0. With `sequence_ids` all tokens of a sequence must be in the same
-    call; its ratio is the geometric mean
-    over its tokens of weight other than 0. The statistics of dropped
-    tokens are NaN.
+    A token that cannot change the loss is dropped before any product. There are two kinds:
+    - tokens of weight 0;
+    - tokens of advantage 0, if there is no KL term and no entropy bonus. With `sequence_ids` they
+      stay if another token of their sequence has an advantage other than 0.
+    A dropped token may hold anything (a target of -100, NaN). Its gradient is 0, and its statistics
+    are NaN. With `sequence_ids` all tokens of a sequence must be in the same call. Its ratio is the
+    geometric mean over its tokens of weight other than 0.
 
     The logits of `chunk` tokens are held at a time. Products add up in float32 at least (float64
     for float64 inputs), whatever the inputs or autocast say: probabilities from bfloat16 logits can

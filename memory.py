@@ -1,14 +1,13 @@
 """What an agent still knows when its context window is full.
 
-An agent has two memories. *Working memory* is the context window: tokens that the model reads at
-every step, and their number is limited. When it is full, `keep_turns` says which turns leave.
-*Long-term memory* is `Notes`: text that the agent wrote down, found again by full-text search
-(SQLite FTS5, ranked by BM25). What leaves the window is lost to an agent that took no notes.
+An agent has two memories. *Working memory* is the context window: the tokens that the model reads
+before it writes. Its size is limited. When it is full, `turns_to_drop` says how many old turns
+leave. *Long-term memory* is `Notes`: texts that the agent writes down and searches later. The
+search compares words: SQLite's index FTS5 finds the texts, and BM25 puts first those that have more
+of the query's words, and rarer ones. An agent that takes no notes loses what leaves the window.
 
-`Search` is the same search over documents that are given, as a tool.
-
-agent.py counts the tokens and asks `keep_turns` when its window is full. The environments of env.py
-give their agents `Notes` and `Search` as tools. Nothing here knows about models.
+`Search` is the same search over given documents. The environments of env.py use `Notes` and
+`Search` inside their tools, and agent.py asks `turns_to_drop`. Nothing here knows about models.
 
 Left out: embeddings (BM25 needs no model and is easy to explain), summaries (a policy can write one
 as a note), forgetting, and access over a network.
@@ -23,24 +22,23 @@ from collections.abc import Sequence
 from os import PathLike
 
 
-def keep_turns(fixed: int, turns: Sequence[int], window: int, free: int = 0) -> int:
-    """How many of the oldest turns must leave a context window that is full.
+def turns_to_drop(fixed: int, turns: Sequence[int], window: int, free: int = 0) -> int:
+    """How many of the oldest turns to drop from a context window that is full.
 
-    All numbers count tokens. The fixed part (system message, task) always stays. What stays leaves
-    `free` tokens of the window for the next message. A turn is a message of the agent with all
-    observations that followed from it. Whole turns leave, the oldest first. So no call loses its
-    result, and no result its call.
+    fixed: tokens of the part that always stays (system message, tools, task).
+    turns: tokens of each turn, the oldest first. A turn is a message and its observations.
+    window: tokens that the model can read at once. free: of these, tokens for the next message.
 
-    What stays fills half of the window at most. With more, the window would soon be full again,
-    and each new turn would cost a new prompt. The newest turn stays even if it is longer than that,
-    for it holds what the agent asked for last. It leaves only if it does not fit at all. Raises
-    ValueError if the fixed part does not fit.
+    Only whole turns are dropped, so a call and its result stay together. The rest fills at most
+    half of the window. With more, the window would soon be full again, and each time the model must
+    read all of the new segment. The newest turn is an exception: it stays whenever it fits, because
+    it holds what the agent asked for last. Raises ValueError if `fixed` does not fit.
 
-    >>> keep_turns(fixed=10, turns=[30, 20, 20], window=100)  # 10 + 20 + 20 are half of 100
-    1
-    >>> keep_turns(fixed=10, turns=[5, 5, 70], window=100)  # more than half, but the newest fits
+    >>> turns_to_drop(fixed=10, turns=[40, 30, 20, 20], window=100)  # 10 + 20 + 20 stay
     2
-    >>> keep_turns(fixed=10, turns=[5, 5, 70], window=100, free=30)  # it does not: none can stay
+    >>> turns_to_drop(fixed=10, turns=[15, 15, 70], window=100)  # the newest fits
+    2
+    >>> turns_to_drop(fixed=10, turns=[15, 15, 70], window=100, free=30)  # 10 + 70 > 100 - 30
     3
     """
     limit = window - free
@@ -57,8 +55,8 @@ def keep_turns(fixed: int, turns: Sequence[int], window: int, free: int = 0) -> 
 def fts_query(text: str) -> str:
     """Any text as a query of FTS5: its words, quoted and joined by OR. "" if it has none.
 
-    All but quoted words is syntax to FTS5, and a policy writes anything. Only the first 64 words of
-    the first 5,000 characters count.
+    FTS5 reads unquoted text as the syntax of a query, and a policy writes anything. Only the first
+    64 words of the first 5,000 characters count.
 
     >>> fts_query('who has "the key"?')
     '"who" OR "has" OR "the" OR "key"'
@@ -144,7 +142,7 @@ class Search:
         self._documents, self._top = Notes(), top
         self._documents.add(*[" ".join(document.split()) for document in documents])
 
-    # The docstring is a part of prompts that trained models know: keep its wording.
+    # If this method is a tool, its docstring goes into the prompt: other words, another prompt.
     def search(self, query: str) -> str:
         """Search the documents.
 
@@ -168,7 +166,7 @@ def _demo() -> None:
         lengths = [len(turn) for turn in turns]
         used = fixed + sum(lengths)
         if used > window:
-            leaving = keep_turns(fixed, lengths, window)
+            leaving = turns_to_drop(fixed, lengths, window)
             turns = turns[leaving:]
             print(f"turn {number:2}: {used} words do not fit into {window}: "
                   f"the {leaving} oldest turns leave, {len(turns)} stay")

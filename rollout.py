@@ -61,8 +61,10 @@ from agent import Completion
 
 
 def sample(logits, temperature, uniform) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row: the first whose cumulative probability exceeds `uniform` (times the
-    sum of all, which is 1 up to rounding).
+    """Draw one token per row from softmax(logits / temperature).
+
+    `uniform` is a random number for each row. Add up the probabilities, from token 0 on. The first
+    token at which the sum exceeds the number is drawn.
 
     logits [B, V], temperature [B], uniform [B] in [0, 1) -> tokens [B], log-probs [B].
     Temperature 0 means greedy: the most likely token, with its log-prob at temperature 1.
@@ -78,6 +80,7 @@ def sample(logits, temperature, uniform) -> tuple[torch.Tensor, torch.Tensor]:
     logps = torch.log_softmax(logits / divisor[:, None], dim=-1)  # [B, V]
     # In float64: a float32 sum of 150,000 probabilities loses the last ones to rounding.
     cumulative = logps.exp().cumsum(-1, dtype=torch.float64)  # [B, V]
+    # The sum of all is 1 up to rounding, so scale the random number by it.
     threshold = uniform[:, None] * cumulative[:, -1:]  # [B, 1]
     drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]  # [B]
     drawn = drawn.clamp(max=logits.shape[-1] - 1)
@@ -180,10 +183,10 @@ def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_
                      rngs: list[Random], temperature: float = 1.0) -> list[Completion]:
     """The same tokens for B contexts. Each pass computes one more token of every context.
 
-    A pass over B tokens costs little more than a pass over one, as long as reading the weights
-    takes most of its time: it reads them once. Two things go wrong. A row whose message has ended
-    still goes through the model, and its room in the cache is idle. And a new request waits until
-    the longest message of the batch has ended.
+    A pass reads all weights once. With few tokens, this takes most of its time. So a pass over B
+    tokens costs little more than a pass over one. Two things waste time. A row that has ended still
+    goes through the model, and still takes memory in the cache. And a new request waits until the
+    longest message of the batch has ended.
     """
     requests = [Request(ids, max_new_tokens, stop_ids, rng, temperature)
                 for ids, rng in zip(prompts, rngs)]
@@ -199,7 +202,7 @@ def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_
                        past_key_values=cache).logits[:, -1]  # [B, V]
         sample_next([requests[row] for row in running], logits[running])
         running = [row for row in running if not requests[row].completion.finish]
-        # A row that has ended repeats its last token. Nobody looks at what comes out.
+        # A row that has ended repeats its last token. The result is not used.
         inputs = torch.tensor([request.ids[-1:] for request in requests], device=model.device)
         mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
     return [request.completion for request in requests]
@@ -235,8 +238,8 @@ class KVCache:
         # Keys and values of each layer: [slots, context + 1, heads, size]. Padding is written to
         # the last position, which no token ever attends to.
         self.layers: list[list[torch.Tensor]] = []
-        # Of the next pass: the slot of each row [B], the positions of its tokens [B, T], and how
-        # many positions of a slot these attend to.
+        # What the next pass needs: the slot of each row [B], the positions of its tokens [B, T],
+        # and how many positions of a slot these attend to.
         self.slot_of_row = self.positions = torch.empty(0, dtype=torch.int64)
         self.length, self.in_place = 0, False
 
@@ -314,9 +317,10 @@ class PrefixCache:
     """Which tokens each slot holds, and which slots are idle."""
 
     def __init__(self, slots: int, context: int):
-        # The tokens that each slot was given can be more than those whose keys and values are
-        # computed. `tokens` holds the first, then -1. `length` counts the second. They differ
-        # during a prefill, and by one token after `Decoder._split`, until the next pass.
+        # tokens[slot]: all tokens of the slot's context, then -1.
+        # length[slot]: how many of them have keys and values in the KV cache. It can be smaller
+        # during a prefill, and by one for the newest token of a request that `Decoder._split` has
+        # just put into this slot.
         self.tokens = np.full((slots, context), -1)  # [slots, context]
         self.length = np.zeros(slots, dtype=np.int64)  # [slots]
         self.idle = list(range(slots))  # the one that was released first comes first
@@ -324,7 +328,7 @@ class PrefixCache:
     def find(self, ids: list[int]) -> Prefix | None:
         """Find the longest prefix of a context, and an idle slot for it. Changes nothing.
 
-        None: a prefill of this step computes a longer prefix, for another request. It pays to wait.
+        None: a prefill of this step computes a longer prefix, for another request. Wait for it.
         """
         # The last token must go through the model in any case: it predicts the next one.
         shared = common_prefix(self.tokens, np.array(ids[:-1]))  # [slots]
@@ -385,7 +389,7 @@ class AgentRequest(Request):
 
 
 class Decoder:
-    """Continues requests, a token each per `step`. Between steps, the event loop adds requests."""
+    """Each `step` adds a token to each request. Between steps, the event loop adds requests."""
 
     def __init__(self, model, slots: int, context: int, stats: Counter):
         self.model, self.stats = model, stats
@@ -444,14 +448,14 @@ class Decoder:
     def _next_waiting(self) -> list[AgentRequest]:
         """The waiting requests that can be admitted now, in the order of their agents.
 
-        Duplicates share a slot until they sample different tokens. Then each needs its own slot.
-        So there are never more requests in slots than there are slots.
+        Duplicates share a slot until they sample different tokens. Then each may need a slot of its
+        own. So one slot is reserved for each request, also while several share one.
         """
         in_slots = sum(len(requests) for requests in self.active.values())
         return sorted(self.waiting, key=attrgetter("agent"))[: self.cache.slots - in_slots]
 
     def _start(self, requests: list[AgentRequest], prefix: Prefix) -> None:
-        """Put requests with the same ids into a slot. It gets what another slot holds of them."""
+        """Put requests with the same ids into a slot, and copy the prefix there."""
         if prefix.source != prefix.target:
             self.cache.copy(prefix.source, prefix.target, prefix.length)
         self.prefixes.take(prefix.target, requests[0].ids, prefix.length)

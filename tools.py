@@ -136,7 +136,7 @@ class Call:
 
 @dataclass
 class CallError:
-    """A call that must not be run. It keeps its place among the calls."""
+    """A call that is wrong and is not run. A value in `Message.calls`, not an exception."""
 
     message: str  # what is wrong and how to write it right, for the policy to read
 
@@ -165,14 +165,15 @@ def format_call(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{text}\n</tool_call>"
 
 
-# A section that is never closed reaches to the end of the text (\Z). Each section therefore matches
-# where it begins, and no part of the text is read twice. Without \Z the time would be quadratic.
+# Each opening tag matches: up to its closing tag or, without one, up to the end of the text (\Z).
+# The search goes on after the match, so each character is read once. Without \Z, each unclosed tag
+# would be followed to the end and fail, then the next one: quadratic time.
 _SECTION = re.compile(r"<think>(?P<thought>.*?)(?:</think>|\Z)"
                       r"|<tool_call>(?P<block>.*?)(?P<close></tool_call>|\Z)", re.DOTALL)
 
 
 def parse(text: str, tools: Mapping[str, Callable] | Sequence[dict]) -> Message:
-    """Take a sampled message apart. Never raises; takes time linear in the length of the text.
+    """Take a sampled message apart. No text makes it raise; the time is linear in its length.
 
     `tools` is what `tools_of` gives, or a list of schemas. A <think> or <tool_call> that is never
     closed reaches to the end of the text. A </think> with no <think> before it closes one that the
@@ -353,12 +354,13 @@ async def run_calls(calls: Sequence[Call | CallError], tools: Mapping[str, Calla
     """Run the calls of one message. Returns one observation per call, in call order.
 
     Functions and `async def` tools run at the same time. Plain methods of one object, such as the
-    tools of an environment, run one after the other: two moves in a maze must not race.
+    tools of an environment, run one after the other: two moves in a maze must not race. There is
+    one exception: a method that exceeds `timeout` seconds becomes an error, but its thread runs on,
+    and may still change the object.
 
-    A call that takes longer than `timeout` seconds becomes an error, and its thread runs on. Every
-    exception becomes an error, SystemExit too. A text over `max_chars` loses its middle. Calls
-    after the first `max_calls` do not run. Only its own cancellation and Ctrl-C make this function
-    raise. No limit helps if a tool holds the interpreter (see the top of this file).
+    Every exception of a tool becomes an error, SystemExit too. A text over `max_chars` loses its
+    middle. Calls after the first `max_calls` do not run. This function raises only if it is
+    cancelled, or at Ctrl-C. No limit works while a tool holds the GIL (see the top of this file).
 
     >>> calls = [Call("calculator", {"expression": "6*7"}), CallError("not JSON"),
     ...          Call("calculator", {"expression": "1/0"})]

@@ -10,7 +10,7 @@
 
 `train` reads like the algorithm:
 
-    imitate demonstrations                           # most of them fail, so imitation fails, too
+    imitate demonstrations                           # learns the format; most of them fail the task
     repeat: choose tasks                             # choose_tasks
             roll out groups of episodes              # rollout.py, agent.py, env.py
             compare the episodes of each group       # grpo.make_rows
@@ -139,28 +139,25 @@ def train(config: "Config") -> None:
         episodes = roll_out(setup, tasks, step, config.group_size, config.temperature)
 
         clock.start("update")
-        # The rows hold the advantages of their tokens. Those of whole episodes are for the record.
+        # `rows` hold an advantage for each token. `advantages`, one per episode, are only logged.
         rows, advantages, signal_report = grpo.make_rows(episodes, config)
-        lr = config.lr * (1 - (step - 1) / config.updates) ** 2
-        optimizer.param_groups[0]["lr"] = lr
+        remaining = 1 - (step - 1) / config.updates  # falls from 1 to nearly 0
+        lr = optimizer.param_groups[0]["lr"] = config.lr * remaining**2
         report = grpo.update(model, optimizer, rows, config, config.temperature, reference)
+        state.step = step
+        # The seeds of an environment ascend, so its last one counts.
+        state.next_seed.update({env: seed + 1 for env, seed in tasks})
 
         clock.start("log")
         metrics = {"step": step, "seconds": time.perf_counter() - began, "lr": lr,
                    **measure(episodes), **signal_report, **report}
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
-        state.step = step
-        # The seeds of an environment ascend, so its last one counts.
-        state.next_seed.update({env: seed + 1 for env, seed in tasks})
         print(metric_line(metrics))
         if step % 20 == 0:
             print(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
         stop = any(gather(ctrl_c.pressed))
         if writes:
-            # JSON has no NaN.
-            finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-            append(run / METRICS, [finite])
-            append(run / EPISODES, [record(e, a, step) for e, a in zip(episodes, advantages)])
+            write_step(run, metrics, episodes, advantages)
             if step % config.save_every == 0 or step == config.updates or stop:
                 save(run, setup, state, optimizer, clock)
         if stop:
@@ -195,7 +192,7 @@ def score(config: "Config") -> None:
 
 
 class UserError(ValueError):
-    """Something the user can mend. Shown as one line."""
+    """Something the user can correct. Shown as one line."""
 
 
 def by_model(name: str, text: str):
@@ -277,7 +274,7 @@ def resolve(config: Config) -> Config:
 AT_LEAST = {
     "tasks_per_step": 1, "group_size": 2, "epochs": 1, "pack_tokens": 1, "normaliser_tokens": 1,
     "max_turns": 1, "max_new_tokens": 1, "context": 1, "slots": 1, "eval_tasks": 1, "save_every": 1,
-    "dual_clip": 1, "temperature": 0.01, "tool_timeout": 0.01, "tis_cap": 0.01}
+    "dual_clip": 1.01, "temperature": 0.01, "tool_timeout": 0.01, "tis_cap": 0.01}
 
 
 def check_options(config: Config) -> None:
@@ -329,7 +326,7 @@ def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: 
         rng = Random(f"{setup.config.seed} {step} {env} {seed} {member}")
         return await setup.agent(setup.engine, temperature).run(setup.envs[env], seed, rng)
 
-    # A resumed run begins with an empty prefix cache. With one here, too, both have the same bits.
+    # Empty the prefix cache. A resumed run begins with an empty one, so both compute the same bits.
     setup.engine.forget()
     episodes = play_tasks(tasks, size, attempt, setup.engine.slots, setup.engine)
     if all(e.error for e in episodes):  # else a run would learn nothing until its steps are spent
@@ -476,9 +473,10 @@ class Imitator:
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
 
     def set_lr(self, step: int) -> None:
-        """Two lines, multiplied: up from 0 to 1 in 20 steps, and down from 1 to 0.1 over all.
+        """The learning rate of this step: `warmup_lr` times two factors.
 
-        With only 12 steps, the rate reaches a sixth of `warmup_lr`.
+        The first rises from 0 to 1 in 20 steps. The second falls from 1 to 0.1 over all steps. With
+        only 12 steps, their product is never above 1/6.
         """
         share = min(1.0, step / 20) * (1 - 0.9 * step / self.config.warmup_updates)
         self.lr = self.adam.param_groups[0]["lr"] = self.config.warmup_lr * share
@@ -681,6 +679,15 @@ def record(e: Episode, advantage: float, step: int) -> dict:
             print(episode["reward"], tokenizer.decode(segments[0].ids))
     """
     return {"step": step, "advantage": advantage, "success": e.success, **asdict(e)}
+
+
+def write_step(run: Path, metrics: dict, episodes: list[Episode], advantages: list[float]) -> None:
+    """Add a step to the run's files."""
+    # JSON has no NaN.
+    finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+    append(run / METRICS, [finite])
+    records = [record(e, a, metrics["step"]) for e, a in zip(episodes, advantages)]
+    append(run / EPISODES, records)
 
 
 def append(path: Path, lines: list[dict]) -> None:

@@ -408,7 +408,7 @@ def test_a_flood_never_pushes_out_its_own_message(name):
 
 
 def test_a_prompt_that_does_not_fit_ends_the_episode_before_the_first_turn():
-    """keep_turns would raise. The engine must not be asked."""
+    """turns_to_drop would raise. The engine must not be asked."""
     episode, policy = play(CHATS["chatml"], env=Desk(task="long " * 500), context=600)
     assert episode.finish == "context" and episode.truncated
     assert not policy.inputs and not any(episode.segments[0].sampled)

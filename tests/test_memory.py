@@ -18,7 +18,7 @@ import time
 import pytest
 
 import memory
-from memory import Notes, Search, fts_query, keep_turns
+from memory import Notes, Search, fts_query, turns_to_drop
 from tools import Call, run_calls, schema, tools_of
 
 HERE = pathlib.Path(memory.__file__).parent
@@ -45,29 +45,29 @@ def test_the_oldest_turns_leave_and_no_more_than_needed():
             most = limit if newest_only else min(limit, window // 2)
             if fixed + sum(turns[leave:]) <= most:
                 fitting.append(leave)
-        assert keep_turns(fixed, turns, window, free) == min(fitting)
+        assert turns_to_drop(fixed, turns, window, free) == min(fitting)
 
 
 def test_an_old_turn_never_stays_without_the_newer_ones():
     """With the big turn gone and a small old one kept, answers stood there without questions."""
-    assert keep_turns(0, [1, 100, 1], 100) == 2
-    assert keep_turns(0, [1, 1, 101], 100) == 3
-    assert keep_turns(0, [], 0) == 0
+    assert turns_to_drop(0, [1, 100, 1], 100) == 2
+    assert turns_to_drop(0, [1, 1, 101], 100) == 3
+    assert turns_to_drop(0, [], 0) == 0
 
 
 def test_the_newest_turn_may_fill_more_than_half_of_the_window():
     """Else a long observation is gone before the agent reads it, and it asks for the same again."""
-    assert keep_turns(0, [1, 1, 100], 100) == 2
-    assert keep_turns(10, [1, 60], 100, free=30) == 1
-    assert keep_turns(10, [1, 61], 100, free=30) == 2
+    assert turns_to_drop(0, [1, 1, 100], 100) == 2
+    assert turns_to_drop(10, [1, 60], 100, free=30) == 1
+    assert turns_to_drop(10, [1, 61], 100, free=30) == 2
 
 
 def test_a_window_too_small_for_the_task_is_an_error_with_numbers():
     """The task itself was cut in silence: nobody could solve it, and the reward meant nothing."""
     with pytest.raises(ValueError, match="11 .*10"):
-        keep_turns(11, [1], 10)
+        turns_to_drop(11, [1], 10)
     with pytest.raises(ValueError, match="11 .*10"):
-        keep_turns(11, [1], 40, free=30)
+        turns_to_drop(11, [1], 40, free=30)
 
 
 def test_notes_come_back_best_first():
