@@ -89,22 +89,12 @@ def train(config: "Config") -> None:
     # ----------------------------------------------------------------------------------------------
     # The run's folder, the environments, the model
 
+    if config.resume and (Path(config.resume) / "summary.json").exists():  # it is written last
+        print(f"{config.resume} is finished: there is nothing to go on with")
+        return
     clock, writes = Clock(), ranks()[0] == 0  # of several processes only the first one writes
-    if config.resume:
-        run, config = read_run(config.resume)
-        if (run / "summary.json").exists():  # it is written last
-            print(f"{run} is finished: there is nothing to go on with")
-            return
-        lock = lock_run(run) if writes else None
-        checkpoint = newest_checkpoint(run)
-        setup = make_setup(config, checkpoint)
-    else:
-        config, checkpoint = resolve(config), None
-        setup = make_setup(config)
-        check_fit(setup)
-        run = gather(make_run(config) if writes else None)[0]  # bad input leaves no folder behind
-        lock = lock_run(run) if writes else None
-    model, tokenizer = setup.model, setup.chat.tokenizer
+    run, lock, setup, checkpoint = open_run(config, writes)
+    config, model, tokenizer = setup.config, setup.model, setup.chat.tokenizer
     grpo.share_weights(model)
     weights = grpo.masters(model)
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -764,6 +754,19 @@ class Clock:
 
 # --------------------------------------------------------------------------------------------------
 # The folder
+
+
+def open_run(config: Config, writes: bool) -> tuple[Path, IO | None, Setup, Path | None]:
+    """(folder, its lock, Setup, newest checkpoint) of a new run, or of the one to go on with."""
+    if config.resume:
+        run, config = read_run(config.resume)
+        lock = lock_run(run) if writes else None
+        checkpoint = newest_checkpoint(run)
+        return run, lock, make_setup(config, checkpoint), checkpoint
+    setup = make_setup(resolve(config))
+    check_fit(setup)  # before the folder is made: bad input leaves none behind
+    run = gather(make_run(setup.config) if writes else None)[0]
+    return run, lock_run(run) if writes else None, setup, None
 
 
 def read_run(name: str) -> tuple[Path, Config]:
