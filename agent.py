@@ -17,7 +17,7 @@ and encoded again may become other ids, and a chat template may rewrite earlier 
 would then see tokens that were never sampled. So the record is a list of ids that only grows.
 Sampled ids are appended as they are. Only the new text of the environment is encoded.
 
-`plain_episode` is the whole idea. Below the ruler, `Agent` adds what a real run needs:
+`plain_episode` is the whole idea. Below the line of ====, `Agent` adds what a real run needs:
 
     budgets            on the turns, on the length of a message, and on the time of a tool
     a context window   when it is full, old turns leave, and a new `Segment` begins
@@ -55,10 +55,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from memory import turns_to_drop
-from tools import Call, CallError, Message, parse, run_calls, schema, tools_of
-
-# isort: split
-from tools import clip, describe, in_thread
+from tools import (
+    Call,
+    CallError,
+    Message,
+    clip,
+    describe,
+    in_thread,
+    parse,
+    run_calls,
+    schema,
+    tools_of,
+)
 
 # --------------------------------------------------------------------------------------------------
 # The idea: append what the policy samples, append what the environment answers, repeat

@@ -12,7 +12,7 @@ removes what is slow in the one before, and gives the same tokens (up to roundin
     Engine             Continuous batching. Requests join and leave between two passes, so nobody
                        waits for the longest message. Keys and values stay when a message has ended.
 
-The first three stand above the ruler (====). Stop there, and you know how a rollout is sampled.
+The first three stand above the line of ====. Stop there, and you know how a rollout is sampled.
 The engine below it has five parts, in the order of the file:
 
     KVCache        The keys and values, in slots. A slot is room for one context.

@@ -7,8 +7,8 @@
 
 The idea to take away: a policy that explores writes broken calls, so *nothing it writes may raise*.
 What is wrong with a call, and how to write it right, becomes an observation. The episode goes on,
-and the policy can learn from it. `plain_run` shows this in a few lines. Below the ruler stands the
-version that survives a policy in training. Two tools follow: `calculator` and `python`.
+and the policy can learn from it. `plain_run` shows this in a few lines. Below the line of ==== is
+the version that survives a policy in training. Two tools follow: `calculator` and `python`.
 
 Limits: Python cannot kill a thread. A tool that takes too long is abandoned, and its thread runs
 on. Only one thread runs Python at a time (the GIL). One call into C may hold the GIL, and then no
@@ -455,7 +455,7 @@ def in_thread(function: Callable[[], Any]) -> asyncio.Future:
     for the threads of a pool before it exits, but not for this one.
     """
     result, process = concurrent.futures.Future(), os.getpid()
-    result.set_running_or_notify_cancel()  # whoever stops waiting does not stop the thread
+    result.set_running_or_notify_cancel()  # if nobody waits any more, the thread still runs on
 
     def work() -> None:
         value = error = None
