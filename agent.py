@@ -228,6 +228,7 @@ class Agent:
         self.max_input = context - max_new_tokens  # the longest input with room for a message
         # Of the current episode; `start` sets all of it.
         self.episode, self.rng, self.env, self.tools = Episode(), Random(), None, {}
+        self.schemas: list[dict] = []  # of the tools
         self.prompt: list[int] = []  # ids before the first message
         self.turns: list[list[int]] = []  # ids of the turns that the next message will see
 
@@ -251,8 +252,8 @@ class Agent:
         self.env = await self._ask("constructor", env) if callable(env) else env
         self.episode.task = await self._ask("reset", lambda: _text(self.env.reset(seed)))
         self.tools = tools_of(self.env)
-        schemas = [schema(tool) for tool in self.tools.values()]
-        self.prompt = self.chat.prompt(self.episode.task, schemas)
+        self.schemas = [schema(tool) for tool in self.tools.values()]
+        self.prompt = self.chat.prompt(self.episode.task, self.schemas)
         self._open_segment([])
 
     async def step(self) -> None:
@@ -286,7 +287,7 @@ class Agent:
             if episode.turns == self.max_turns:
                 episode.finish = "length"
             return None
-        message = parse(self.chat.decode(out.ids), self.tools)
+        message = parse(self.chat.decode(out.ids), self.schemas)
         episode.thinking += len(message.thinking.split())
         return message
 
@@ -474,6 +475,7 @@ class Chat:
         # Control tokens, such as `<|im_end|>`: their ids, and the letters that stand for them.
         self._control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
                          if len(token.content) > 1 and token.content.strip()}
+        self._normalises = any(t.normalized for t in tokenizer.added_tokens_decoder.values())
         self._template = TODAY + tokenizer.get_chat_template(tools=[MARKED_TOOL])
         # A template that asks for calls in another form (Llama 3, Qwen3-Coder) gets no tools.
         with_tool = self._try([USER], tools=[MARKED_TOOL])
@@ -525,12 +527,14 @@ class Chat:
         else changes: the template trims and quotes as always, and harmless text keeps its ids.
         """
         text = text.replace(CUT, "").replace(MARK, "")
+        cut = text
         for token in self._control.values():
-            text = text.replace(token, token[0] + CUT + token[1:])
+            cut = cut.replace(token, token[0] + CUT + token[1:])
         # Some are left if tokens overlap, or if the tokenizer takes other letters for theirs.
-        if self._control.keys() & self._encode(text):
+        may_be_left = cut != text or self._normalises
+        if may_be_left and self._control.keys() & self._encode(cut):
             return CUT.join(text)
-        return text
+        return cut
 
     def _find_end(self) -> int:
         """The first control token that the template puts after an assistant's message."""
