@@ -89,7 +89,7 @@ def train(config: "Config") -> None:
     # ----------------------------------------------------------------------------------------------
     # The run's folder, the environments, the model
 
-    if config.resume and (Path(config.resume) / "summary.json").exists():  # it is written last
+    if config.resume and is_finished(config):
         print(f"{config.resume} is finished: there is nothing to go on with")
         return
     clock, writes = Clock(), ranks()[0] == 0  # of several processes only the first one writes
@@ -767,6 +767,11 @@ def open_run(config: Config, writes: bool) -> tuple[Path, IO | None, Setup, Path
     check_fit(setup)  # before the folder is made: bad input leaves none behind
     run = gather(make_run(setup.config) if writes else None)[0]
     return run, lock_run(run) if writes else None, setup, None
+
+
+def is_finished(config: Config) -> bool:
+    run, _ = read_run(config.resume)
+    return (run / "summary.json").exists()  # it is written last
 
 
 def read_run(name: str) -> tuple[Path, Config]:
