@@ -77,6 +77,9 @@ MOST_DEMONSTRATIONS = 12000  # different ones; after that they are shown again
 DEMONSTRATED = {"calculator": 12, "lookup": 7, "maze": 31, "chain": 20, "recall": 3,
                 "mastermind": 4}
 
+# What an episode costs, in optimizer steps of the warm start (measured in the default run).
+STEPS_PER_EPISODE = 0.05
+
 # Options whose best value depends on the model: one of random weights, or one that knows language.
 SMALL_MODEL = {"lr": 2.5e-4, "epochs": 3, "temperature": 1.1, "warmup_lr": 6e-3,
                "warmup_steps": 110, "context": 336}
@@ -424,8 +427,7 @@ def imitate(model, shown: list[Episode], config: Config) -> None:
     The cross-entropy is the policy gradient's loss with advantage 1 for all tokens.
     """
     right, updates = fmean(e.success for e in shown), config.warmup_updates
-    print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right "
-          "(the default run spends two fifths of its time here)")
+    print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right")
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0,
                       entropy_coef=0.0, tis_cap=None)
     optimizer, endless, began = Imitator(model, config), cycle(shown), time.perf_counter()
@@ -436,9 +438,18 @@ def imitate(model, shown: list[Episode], config: Config) -> None:
         optimizer.set_lr(step)
         report = grpo.update(model, optimizer, rows, options)
         if step == 10 or step % 50 == 0:
-            minutes = (time.perf_counter() - began) / step * (updates - step) / 60
-            print(f"warm start {step} of {updates}: {report['loss']:.3f} nats per token, "
-                  f"entropy {report['entropy']:.3f}, about {minutes:.0f} minutes to go")
+            minutes = (time.perf_counter() - began) / step / 60  # for each optimizer step
+            here = minutes * (updates - step)
+            later = minutes * STEPS_PER_EPISODE * episodes_to_play(config)
+            print(f"warm start {step} of {updates}: {report['loss']:.3f} nats per token, entropy "
+                  f"{report['entropy']:.3f}, about {here:.1f} minutes to go here, "
+                  f"{here + later:.1f} in all")
+
+
+def episodes_to_play(config: Config) -> int:
+    """In the RL loop, and in the evaluations: before and after it, sampled and greedy."""
+    evaluated = 4 * config.eval_tasks * len(config.env)
+    return config.updates * config.tasks_per_step * config.group_size + evaluated
 
 
 class Imitator:
