@@ -42,9 +42,10 @@ token. To copy it, take tools.py and memory.py too.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from random import Random
@@ -208,21 +209,31 @@ class Episode:
 # The agent. On a simple task its tokens are those of `plain_episode`
 
 
-class Agent:
-    """One policy in one environment, one episode at a time. Four verbs:
+async def take_turns(agent: Agent) -> None:
+    """The usual workflow: a message, its calls, the next message, until the episode is over."""
+    while not agent.episode.finish:
+        await agent.step()
 
-    run      one episode: `start`, then `step` until `episode.finish` is set, then `close`
+
+class Agent:
+    """One policy in one environment, one episode at a time. Its verbs:
+
+    run      one episode: `start`, then the workflow, then `close`
     step     one turn: `query`, then `act`
     query    the policy writes a message, or a spent budget sets `finish`
     act      its calls run; then `observe` appends the results, or the end of the task sets `finish`
+    fresh    go on in a new context, which begins with a prompt of your own
+    branch   a second agent that goes on from here, in the same episode
 
     context: tokens that one segment may hold, the message being sampled included.
     tool_timeout: seconds for a tool call, and for each question to the environment.
+    workflow: who calls the verbs between `start` and `close`.
     """
 
     def __init__(self, llm: LLM, chat: Chat, *, max_turns: int = 8, max_new_tokens: int = 256,
-                 context: int = 4096, temperature: float = 1.0, tool_timeout: float = 10.0):
-        self.llm, self.chat = llm, chat
+                 context: int = 4096, temperature: float = 1.0, tool_timeout: float = 10.0,
+                 workflow: Callable[[Agent], Awaitable[None]] = take_turns):
+        self.llm, self.chat, self.workflow = llm, chat, workflow
         self.max_turns, self.max_new_tokens, self.context = max_turns, max_new_tokens, context
         self.temperature, self.tool_timeout = temperature, tool_timeout
         self.max_input = context - max_new_tokens  # the longest input with room for a message
@@ -231,6 +242,8 @@ class Agent:
         self.schemas: list[dict] = []  # of the tools
         self.prompt: list[int] = []  # ids before the first message
         self.turns: list[list[int]] = []  # ids of the turns that the next message will see
+        self.segment = Segment()  # the newest one: what the policy sees now
+        self.turn = -1  # the number of this agent's newest message
 
     async def run(self, env, seed: int = 0, rng: Random | None = None) -> Episode:
         """Play one episode. `env`: an environment, or a function that makes one.
@@ -239,22 +252,20 @@ class Agent:
         """
         try:
             await self.start(env, seed, rng)
-            while not self.episode.finish:
-                await self.step()
+            await self.workflow(self)
             return await self.close()
-        except EnvFailure as e:  # not the policy's fault, so grpo.py leaves this episode out
+        except (EnvFailure, AgentFailure) as e:  # not the policy's fault: grpo.py leaves it out
             self.episode.finish, self.episode.error = "error", str(e)
             return self.episode
 
     async def start(self, env, seed: int = 0, rng: Random | None = None) -> None:
         """Reset the environment and write the prompt. Raises EnvFailure, as the verbs below do."""
-        self.episode, self.rng = Episode(seed=seed), rng or Random(seed)
+        self.episode, self.rng, self.turn = Episode(seed=seed), rng or Random(seed), -1
         self.env = await self._ask("constructor", env) if callable(env) else env
         self.episode.task = await self._ask("reset", lambda: _text(self.env.reset(seed)))
         self.tools = tools_of(self.env)
         self.schemas = [schema(tool) for tool in self.tools.values()]
-        self.prompt = self.chat.prompt(self.episode.task, self.schemas)
-        self._open_segment([])
+        self.fresh(self.episode.task)
 
     async def step(self) -> None:
         """One turn: a message from the policy, and the environment's answer."""
@@ -271,20 +282,19 @@ class Agent:
         episode.finish = episode.finish or self._spent_budget()
         if episode.finish:
             return None
-        episode.states.append(await self._ask("state", lambda: _text(self.env.state)))
         if self._is_full():
             self._drop_old_turns()
+        self.turn = await self._begin_turn()
         out = await self.llm.generate(self.segment.ids, self.max_new_tokens, rng=self.rng,
                                       temperature=self.temperature)
-        self.segment.extend(out.ids, episode.turns, out.logps)
+        self.segment.extend(out.ids, self.turn, out.logps)
         self.turns.append(list(out.ids))
-        episode.turns += 1
         if out.finish == "length":
             # Half a call must never run: `{"path": "/` is not what the policy asked for.
             episode.tool_errors += 1
             self.observe(f"error: your message was cut at {len(out.ids)} tokens "
                          "and nothing in it was run")
-            if episode.turns == self.max_turns:
+            if episode.turns >= self.max_turns:
                 episode.finish = "length"
             return None
         message = parse(self.chat.decode(out.ids), self.schemas)
@@ -317,7 +327,22 @@ class Agent:
         self.turns[-1] += ids
         # If it leaves no room for a message, the policy reads it in the segment that `query` opens.
         if not self._is_full():
-            self.segment.extend(ids, self.episode.turns - 1)
+            self.segment.extend(ids, self.turn)
+
+    def fresh(self, text: str) -> None:
+        """Go on in a new context: the tools and this text. What came before is not in it."""
+        self.prompt = self.chat.prompt(text, self.schemas)
+        self._open_segment([])
+
+    def branch(self) -> Agent:
+        """A second agent, with a copy of this context and random numbers of its own.
+
+        Both play the same episode and share its budgets. Each message is trained.
+        """
+        other = copy.copy(self)
+        other.rng = Random(self.rng.getrandbits(64))
+        other._open_segment([list(turn) for turn in self.turns])
+        return other
 
     async def close(self) -> Episode:
         """Score the episode."""
@@ -330,11 +355,6 @@ class Agent:
         # A workflow that stops by itself has spent its own budget: the task is not at its end.
         self.episode.finish = self.episode.finish or "max_turns"
         return self.episode
-
-    @property
-    def segment(self) -> Segment:
-        """The newest one: what the policy sees now."""
-        return self.episode.segments[-1]
 
     def _spent_budget(self) -> str:
         """Which budget leaves no room for another message, as `finish` names it. Else ""."""
@@ -357,11 +377,19 @@ class Agent:
 
         None of it is `sampled` here: each token is trained in the segment where it was chosen.
         """
-        self.turns = turns
-        self.episode.segments.append(Segment())
+        self.turns, self.segment = turns, Segment()
+        self.episode.segments.append(self.segment)
         self.segment.extend(self.prompt, turn=-1)
-        for turn, ids in enumerate(turns, self.episode.turns - len(turns)):
+        for turn, ids in enumerate(turns, self.turn + 1 - len(turns)):
             self.segment.extend(ids, turn)
+
+    async def _begin_turn(self) -> int:
+        """Count a message that will be sampled, and note the state it answers."""
+        turn = self.episode.turns
+        self.episode.turns += 1
+        self.episode.states.append("")
+        self.episode.states[turn] = await self._ask("state", lambda: _text(self.env.state))
+        return turn
 
     def _observation_ids(self, texts: Iterable[str]) -> list[int]:
         """Ids of an observation. Long texts are shortened, to 15 characters at the least.
@@ -409,6 +437,10 @@ class EnvFailure(Exception):
     """The environment's own code failed or took too long, outside any tool call."""
 
 
+class AgentFailure(Exception):
+    """The code of an agent written elsewhere failed or hangs, and not because of the policy."""
+
+
 def _text(value: Any) -> str:
     """The value, which must be text."""
     if not isinstance(value, str):
@@ -423,6 +455,26 @@ def _behaviour(env) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------------------
 # From messages to ids
+
+@dataclass
+class WrittenCall:
+    """A tool call as an API gives it: the arguments are text, and that text may be no JSON."""
+
+    name: str
+    arguments: str
+
+    def as_json(self) -> str:
+        return f'{{"name": {json.dumps(self.name)}, "arguments": {self.arguments}}}'
+
+
+@dataclass
+class ChatMessage:
+    """One message of a conversation."""
+
+    role: str  # "system", "user", "assistant" or "tool"
+    text: str
+    calls: list[WrittenCall] = field(default_factory=list)  # of an assistant
+
 
 # What a prompt says about the tools if the chat template cannot say it.
 INSTRUCTIONS = """You can use the tools below. To call one, write
@@ -491,11 +543,15 @@ class Chat:
 
         A header is what stands before a message: `<|im_start|>assistant` and a newline in ChatML.
         """
-        messages = [{"role": "user", "content": self.plain(task)}]
+        return self.conversation([ChatMessage("user", task)], schemas)
+
+    def conversation(self, messages: list[ChatMessage], schemas: list[dict]) -> list[int]:
+        """Ids of tools and messages, up to the header of the policy's next message."""
+        messages = self._for_template(messages)
         if schemas and not self._shows_tools:
             functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in schemas]
             text = INSTRUCTIONS % "\n".join(functions)
-            if self._has_system_role:
+            if self._has_system_role and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": text})
             else:
                 messages[0]["content"] = text + "\n\n" + messages[0]["content"]
@@ -507,13 +563,31 @@ class Chat:
 
         closed: the policy sampled the end token itself, so it is not among these ids.
         """
-        if self._tool_role == "user":  # such templates may also refuse two user messages in a row
-            texts = ["\n".join(texts)]
-        messages = [USER, ASSISTANT]
-        messages += [{"role": self._tool_role, "content": self.plain(text)} for text in texts]
+        return self.continuation([ChatMessage("tool", text) for text in texts], closed)
+
+    def continuation(self, messages: list[ChatMessage], closed: bool = True) -> list[int]:
+        """As `observation`, for any messages that follow the policy's."""
+        messages = [USER, ASSISTANT, *self._for_template(messages)]
         rendered = self._render(messages, add_generation_prompt=True)
         ids = self._encode(rendered.partition(MARK)[2])
         return ids[ids.index(self.end_id) + 1 :] if closed else ids
+
+    def _for_template(self, messages: list[ChatMessage]) -> list[dict]:
+        """The messages in the roles that the template takes, and with harmless texts."""
+        roles = {"tool": self._tool_role, "system": "system" if self._has_system_role else "user"}
+        strict = "user" in roles.values()  # it may refuse two user messages in a row
+        fitted: list[dict] = []
+        for message in messages:
+            role = roles.get(message.role, message.role)
+            parts = [self.plain(message.text)] if message.text or not message.calls else []
+            parts += [f"<tool_call>\n{self.plain(call.as_json())}\n</tool_call>"
+                      for call in message.calls]
+            text = "\n".join(parts)
+            if strict and fitted and fitted[-1]["role"] == role:
+                fitted[-1]["content"] += "\n" + text
+            else:
+                fitted.append({"role": role, "content": text})
+        return fitted
 
     def decode(self, ids: list[int]) -> str:
         """The text of a sampled message, without the token that ended it."""

@@ -27,6 +27,7 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import inspect
 import json
 import math
@@ -39,8 +40,9 @@ import shutil
 import struct
 import subprocess
 import threading
+import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 from transformers.utils import get_json_schema
@@ -139,6 +141,7 @@ class CallError:
     """A call that is wrong and is not run. A value in `Message.calls`, not an exception."""
 
     message: str  # what is wrong and how to write it right, for the policy to read
+    written: str = field(default="", compare=False)  # what stood between the tags
 
 
 @dataclass
@@ -196,10 +199,10 @@ def parse(text: str, tools: Mapping[str, Callable] | Sequence[dict]) -> Message:
     for section in _SECTION.finditer(text):
         if section["thought"] is not None:
             thoughts.append(section["thought"])
-        elif section["close"]:
-            calls.append(_read_call(section["block"].strip(), parameters))
         else:
-            calls.append(CallError(_UNCLOSED))
+            block = section["block"].strip()
+            call = _read_call(block, parameters) if section["close"] else CallError(_UNCLOSED)
+            calls.append(replace(call, written=block) if isinstance(call, CallError) else call)
     return Message("\n".join(thoughts).strip(), _SECTION.sub("", text).strip(), calls)
 
 
@@ -449,6 +452,11 @@ async def wait_for_turn(turn: asyncio.Event) -> None:
 
 
 def in_thread(function: Callable[[], Any]) -> asyncio.Future:
+    """Run `function` in a new thread, and wait for it with `await`."""
+    return asyncio.wrap_future(start_thread(function))
+
+
+def start_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
     """Run `function` in a new thread. The future gets what it returns, or the Exception it raises.
 
     Not a pool of threads: one that hangs for ever would be missing from the pool. And Python waits
@@ -475,7 +483,59 @@ def in_thread(function: Callable[[], Any]) -> asyncio.Future:
         _thread.start_new_thread(work, ())
     except RuntimeError as error:  # no more threads: abandoned ones may hold them all
         result.set_exception(error)
-    return asyncio.wrap_future(result)
+    return result
+
+
+def safe_tools(tools: Mapping[str, Callable], timeout: float,
+               report: Callable[[Observation], None] = lambda observation: None) -> list[Callable]:
+    """The same tools as functions that never raise, for an agent written elsewhere.
+
+    They obey the rules of `run_calls`, and return the text of the observation. Bad arguments become
+    a text, too: so a mistake of the policy does not look like a mistake of the agent. `report` is
+    called with each observation. Names, type hints and docstrings stay. `async def` stays, too.
+
+    >>> [safe] = safe_tools({"calculator": calculator}, timeout=10)
+    >>> safe("6*7"), safe("1/0"), safe(number=2)  # doctest: +NORMALIZE_WHITESPACE
+    ('42', 'error: ValueError: division by zero',
+     "error: got an unexpected keyword argument 'number'")
+    """
+    turn = threading.Lock()  # one call at a time: these tools change one environment
+    return [_safe_tool(name, tool, timeout, report, turn) for name, tool in tools.items()]
+
+
+def _safe_tool(name: str, tool: Callable, timeout: float, report: Callable, turn) -> Callable:
+    signature = inspect.signature(tool)
+    parameters = {name: schema(tool)["function"]["parameters"]}
+
+    async def run(args: tuple, kwargs: dict) -> str:
+        call = _as_call(name, signature, parameters, args, kwargs)
+        [observation] = await run_calls([call], {name: tool}, timeout=timeout)
+        report(observation)
+        return observation.text
+
+    async def call_async(*args, **kwargs) -> str:
+        return await run(args, kwargs)
+
+    def call_plain(*args, **kwargs) -> str:
+        with turn:  # in a thread of its own: the caller's may run an event loop already
+            return start_thread(lambda: asyncio.run(run(args, kwargs))).result()
+
+    is_async = inspect.iscoroutinefunction(tool)
+    safe = functools.wraps(tool)(call_async if is_async else call_plain)
+    hints = safe.__annotations__ = typing.get_type_hints(tool) | {"return": str}
+    takes = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    safe.__signature__ = signature.replace(parameters=takes, return_annotation=str)
+    return safe
+
+
+def _as_call(name: str, signature: inspect.Signature, parameters: dict, args: tuple,
+             kwargs: dict) -> Call | CallError:
+    """The arguments by name, checked against the schema."""
+    try:
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        return _check_call({"name": name, "arguments": arguments}, parameters)
+    except (TypeError, ValueError) as error:
+        return CallError(str(error))
 
 
 def _as_text(result: Any) -> str:
