@@ -43,12 +43,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
+import inspect
 import json
+import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 from random import Random
+from traceback import format_exception
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
@@ -60,11 +66,13 @@ from tools import (
     Call,
     CallError,
     Message,
+    Observation,
     clip,
     describe,
     in_thread,
     parse,
     run_calls,
+    safe_tools,
     schema,
     tools_of,
 )
@@ -635,6 +643,386 @@ class Chat:
             return self._render(messages, **options)
         except (TemplateError, TypeError, ValueError, LookupError):
             return ""
+
+
+# ==================================================================================================
+# Agents written elsewhere. They know messages only, so a Recorder keeps the tokens
+#
+# Such an agent (LangGraph, smolagents, the openai client) sends a whole conversation and gets the
+# next message, over HTTP (rollout.Endpoint). If its conversation goes on where an earlier one
+# ended, the recorded tokens are used again. Nothing sampled is encoded a second time.
+
+
+@dataclass
+class ChatRequest:
+    """What an agent asks for: the next message of a conversation."""
+
+    messages: list[ChatMessage]
+    tools: list[dict]  # schemas
+    number: int = 1  # of messages that should be sampled, independently
+    max_tokens: int | None = None
+    temperature: float = 1.0  # only used when a finished model is served
+
+
+@dataclass
+class Reply:
+    """The policy's message, in the form in which the agent gets it."""
+
+    message: ChatMessage
+    thinking: str = ""
+    finish: str = "stop"  # or "tool_calls", or "length"
+    prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    malformed: bool = False  # cut, empty, or with a call that is wrong
+
+
+class RequestError(ValueError):
+    """What is wrong with a request, in words for whoever wrote the agent."""
+
+
+def read_request(body: Any) -> ChatRequest:
+    """The JSON body of a request to /v1/chat/completions. Raises RequestError.
+
+    >>> read_request({"messages": [{"role": "user", "content": "Hi"}]}).messages
+    [ChatMessage(role='user', text='Hi', calls=[])]
+    """
+    if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
+        raise RequestError("the body must be a JSON object with a list of messages")
+    messages = [_read_message(message) for message in body["messages"]]
+    if not messages:
+        raise RequestError("messages must not be empty")
+    number = _read_number(body, "n", 1, 16)
+    limits = [_read_number(body, name, 10**9, 10**9)
+              for name in ("max_tokens", "max_completion_tokens")]
+    temperature = body.get("temperature")
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < 100:
+        temperature = 1.0
+    return ChatRequest(messages, _read_tools(body), number, min(limits), float(temperature))
+
+
+def _read_number(body: dict, name: str, default: int, most: int) -> int:
+    value = default if body.get(name) is None else body[name]
+    if type(value) is not int or not 1 <= value <= most:
+        raise RequestError(f"{name} must be a whole number from 1 to {most}")
+    return value
+
+
+def _read_tools(body: dict) -> list[dict]:
+    tools = []
+    for tool in body.get("tools") or []:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RequestError('each tool must be {"type": "function", "function": {"name": ...}}')
+        parameters = function.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise RequestError("the parameters of a function must be a JSON object")
+        described = {"name": function["name"], "description": str(function.get("description", "")),
+                     "parameters": {"type": "object", "properties": {}, **parameters}}
+        tools.append({"type": "function", "function": described})
+    return tools
+
+
+def _read_message(message: Any) -> ChatMessage:
+    if not isinstance(message, dict):
+        raise RequestError("a message must be a JSON object")
+    role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+    if role not in ("system", "user", "assistant", "tool"):
+        raise RequestError(f"a message cannot have the role {role!r}")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content or ""]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError("the content of a message must be text")
+    calls = [_read_call(call) for call in message.get("tool_calls") or []]
+    return ChatMessage(role, _text("\n".join(texts)), calls)
+
+
+def _read_call(call: Any) -> WrittenCall:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError('a tool call must be {"function": {"name": ..., "arguments": ...}}')
+    arguments = function.get("arguments") or ""
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments)
+    return WrittenCall(_text(function["name"]), _text(arguments))
+
+
+def conversation_keys(request: ChatRequest) -> list[str]:
+    """A key for each beginning of the conversation: no message, the first one, the first two, ...
+
+    Two messages are the same if role, text, tools and parsed arguments are. Ids and spacing are
+    not compared.
+    """
+    keys = [json.dumps(request.tools, sort_keys=True)]
+    for message in request.messages:
+        calls = [(call.name, _parsed(call.arguments)) for call in message.calls]
+        same = json.dumps([keys[-1], message.role, message.text, calls], sort_keys=True)
+        keys.append(hashlib.sha256(same.encode("utf-8", "replace")).hexdigest())
+    return keys
+
+
+def _parsed(arguments: str) -> Any:
+    """The JSON, or the text if it is none."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+@dataclass
+class Recorded:
+    """Where a sampled message ends: after so many tokens of the segment."""
+
+    segment: Segment
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == len(self.segment.ids)
+
+
+class Recorder:
+    """Samples the messages that an agent asks for, and records their tokens in segments.
+
+    A request continues the segment whose conversation it extends, with the ids as they were
+    sampled. A segment can be continued at its end only. If the conversation goes on from the middle
+    of a segment, its ids are copied to a new one, where they count as read. This keeps every sample
+    of a best-of-two or of parallel agents. Any other conversation opens a new segment as well.
+    """
+
+    def __init__(self, llm: LLM, chat: Chat, segments: list[Segment], *, max_new_tokens: int,
+                 context: int, seed: int):
+        self.llm, self.chat, self.segments = llm, chat, segments
+        self.max_new_tokens, self.max_input = max_new_tokens, context - max_new_tokens
+        self.seed = seed  # of the episode's random numbers
+        self.asked: Counter = Counter()  # how often each prompt was sent
+        self.recorded: dict[str, list[Recorded]] = defaultdict(list)  # by conversation
+
+    async def sample(self, request: ChatRequest, temperature: float, turn: int) -> Reply:
+        """One message. Without room for it the reply is empty, and nothing is recorded."""
+        known, new_ids = self._find(request)
+        ids = (known.segment.ids[: known.end] if known else []) + new_ids
+        if len(ids) > self.max_input:
+            return Reply(ChatMessage("assistant", ""), finish="length", prompt_tokens=len(ids))
+        segment = self._segment(known, new_ids, turn - 1)
+        # The random numbers follow from the prompt. So requests that are sent at the same time
+        # sample the same tokens, whichever comes first.
+        prompt = hashlib.sha256(str(ids).encode()).hexdigest()
+        rng = Random(f"{self.seed} {prompt} {self.asked[prompt]}")
+        self.asked[prompt] += 1
+        limit = min(self.max_new_tokens, request.max_tokens or self.max_new_tokens)
+        out = await self.llm.generate(ids, limit, rng=rng, temperature=temperature)
+        segment.extend(out.ids, turn, out.logps)
+        reply = self._reply(out, request.tools)
+        reply.prompt_tokens, reply.sampled_tokens = len(ids), len(out.ids)
+        longer = replace(request, messages=[*request.messages, reply.message])
+        key = conversation_keys(longer)[-1]
+        self.recorded[key].append(Recorded(segment, len(segment.ids)))
+        return reply
+
+    def _find(self, request: ChatRequest) -> tuple[Recorded | None, list[int]]:
+        """The longest recorded beginning of a conversation, and the ids of what follows it."""
+        keys = conversation_keys(request)
+        for length in range(len(request.messages), 0, -1):
+            if found := self.recorded.get(keys[length]):
+                # Of several, take one that a request can still continue.
+                known = next((one for one in found if one.is_last), found[-1])
+                closed = known.segment.ids[known.end - 1] == self.chat.end_id
+                return known, self.chat.continuation(request.messages[length:], closed)
+        return None, self.chat.conversation(request.messages, request.tools)
+
+    def _segment(self, known: Recorded | None, new_ids: list[int], turn: int) -> Segment:
+        """The segment that the message goes to, with all tokens before the message."""
+        if known and known.is_last:
+            known.segment.extend(new_ids, turn)
+            return known.segment
+        segment = Segment()
+        self.segments.append(segment)
+        if known:
+            segment.extend(known.segment.ids[: known.end], turn=-1)
+        segment.extend(new_ids, turn=-1)
+        return segment
+
+    def _reply(self, out: Completion, tools: list[dict]) -> Reply:
+        """The sampled tokens as a message. Nothing in one that was cut may run: it has no calls."""
+        found = parse(self.chat.decode(out.ids), tools)
+        cut = out.finish == "length"
+        calls = [] if cut else [_written(call) for call in found.calls]
+        broken = any(isinstance(call, CallError) for call in found.calls)
+        empty = not found.text and not calls
+        return Reply(ChatMessage("assistant", found.text, calls), found.thinking,
+                     finish="length" if cut else "tool_calls" if calls else "stop",
+                     malformed=cut or broken or empty)
+
+
+def _written(call: Call | CallError) -> WrittenCall:
+    """A call as an API sends it. Of one that is wrong, the agent gets what the policy wrote."""
+    if isinstance(call, Call):
+        return WrittenCall(call.name, json.dumps(call.arguments, ensure_ascii=False))
+    found = _parsed(call.written)
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        name = re.search(r'"name":\s*"(\w+)"', call.written)
+        return WrittenCall(name[1] if name else "unknown", call.written)
+    return WrittenCall(_text(found["name"]), json.dumps(found.get("arguments")))
+
+
+class OutsideAgent(Agent):
+    """An agent written elsewhere, in the place of our own loop. It plays one episode.
+
+    solve(task, tools, base_url): a plain or an `async` function. `tools` are the environment's, as
+    functions without `final_answer`. `base_url` belongs to this episode. A text that `solve`
+    returns is the final answer.
+    endpoint: the server (rollout.Endpoint).
+
+    If `solve` raises, or does nothing for `idle_timeout` seconds, this is the policy's fault if its
+    last message was malformed or a budget was spent, and no fault once the task is over. In these
+    cases the episode keeps its reward. Else the agent's code is wrong: the episode ends with an
+    error.
+
+    """
+
+    def __init__(self, solve: Callable, endpoint, *args, idle_timeout: float = 60.0,
+                 **options):
+        super().__init__(*args, workflow=OutsideAgent._solve, **options)
+        self.solve, self.endpoint, self.idle_timeout = solve, endpoint, idle_timeout
+        self.demonstrator: Generator | None = None
+
+    async def start(self, env, seed: int = 0, rng: Random | None = None) -> None:
+        await super().start(env, seed, rng)
+        self.episode.segments.clear()  # the agent chooses its own prompt
+        self.recorder = Recorder(self.llm, self.chat, self.episode.segments,
+                                 max_new_tokens=self.max_new_tokens, context=self.context,
+                                 seed=self.rng.getrandbits(64))
+        self.is_over, self.spent, self.malformed = False, "", False
+        self.requests: set[asyncio.Task] = set()  # that wait for a reply
+        self.failed = asyncio.get_running_loop().create_future()
+        self.last_sign = time.monotonic()  # of life
+
+    async def answer(self, request: ChatRequest) -> list[Reply]:
+        """Reply to a request of the agent, which the endpoint received."""
+        self.requests.add(asyncio.current_task())
+        try:
+            return await asyncio.gather(*[self._answer(request) for _ in range(request.number)])
+        except TemplateError as e:
+            raise RequestError(f"the model's chat template refuses these messages: {e}") from e
+        except Exception as e:  # of the LLM or the environment: `_solve` raises it
+            if not self.failed.done():
+                self.failed.set_exception(e)
+            raise
+        finally:
+            self.requests.discard(asyncio.current_task())
+            self.last_sign = time.monotonic()
+
+    async def _answer(self, request: ChatRequest) -> Reply:
+        if self.is_over or await self._ask("done", lambda: bool(self.env.done)):
+            return Reply(ChatMessage("assistant", "The task is over."))
+        if self.episode.turns >= self.max_turns:
+            self.spent = "max_turns"
+            return Reply(ChatMessage("assistant", ""), finish="length")
+        turn = await self._begin_turn()
+        if self.demonstrator:
+            self.recorder.llm = Script(self.chat, [self._recite(request)])
+        reply = await self.recorder.sample(request, self.temperature, turn)
+        if not reply.sampled_tokens:
+            self.spent = "context"
+        self.malformed = reply.malformed
+        self.episode.thinking += len(reply.thinking.split())
+        self.episode.tool_calls += len(reply.message.calls)
+        return reply
+
+    def recite(self, demonstrator: Generator) -> None:
+        """Let a generator write the messages, in the place of the LLM.
+
+        It is sent the conversation of each request, a list of ChatMessage, and yields the reply:
+
+            conversation = yield
+            while True:
+                conversation = yield "a message"
+        """
+        next(demonstrator)  # up to its first `yield`
+        self.demonstrator = demonstrator
+
+    def _recite(self, request: ChatRequest) -> str:
+        try:
+            return self.demonstrator.send(request.messages)
+        except StopIteration:
+            raise ValueError("the agent asks for more messages than are demonstrated") from None
+
+    async def _solve(self) -> None:
+        """The workflow: let the agent play, and hand in its answer."""
+        tools = {name: tool for name, tool in self.tools.items() if name != "final_answer"}
+        functions = safe_tools(tools, self.tool_timeout, self._count)
+        with self.endpoint.opened(self) as url:
+            job = self._start_solving(functions, url)
+            try:
+                answer = await self._result(job)
+            finally:
+                self.is_over = True
+                for task in [job, *self.requests]:
+                    task.cancel()
+                self._drop_unanswered()
+        await self._hand_in(answer)
+
+    def _start_solving(self, tools: list[Callable], url: str) -> asyncio.Future:
+        async def in_loop():
+            try:
+                return await self.solve(self.episode.task, tools, url)
+            except SystemExit as e:  # it would end the event loop
+                raise RuntimeError(describe(e)) from e
+
+        def in_own_thread():
+            try:
+                return self.solve(self.episode.task, tools, url)
+            except SystemExit as e:
+                raise RuntimeError(describe(e)) from e
+
+        if inspect.iscoroutinefunction(self.solve):
+            return asyncio.ensure_future(in_loop())
+        return in_thread(in_own_thread)
+
+    async def _result(self, job: asyncio.Future) -> Any:
+        """What the agent returns. None if it fails and this is not its own fault."""
+        while not job.done():
+            await asyncio.wait({job, self.failed}, timeout=self.idle_timeout / 4,
+                               return_when=asyncio.FIRST_COMPLETED)
+            if self.failed.done():
+                raise self.failed.exception()
+            idle = time.monotonic() - self.last_sign
+            if not job.done() and not self.requests and idle > self.idle_timeout:
+                return await self._excuse(f"no sign of life for {self.idle_timeout:g} s", "")
+        if job.cancelled():
+            return await self._excuse("it was cancelled", "")
+        if error := job.exception():
+            return await self._excuse(describe(error), "".join(format_exception(error)))
+        return job.result()
+
+    async def _excuse(self, reason: str, details: str) -> None:
+        """Raise AgentFailure, unless the policy or the end of the task is the reason."""
+        if self.spent or self.malformed or await self._ask("done", lambda: bool(self.env.done)):
+            return
+        self.endpoint.say_once("failure", f"the agent's own code failed: {reason}\n{details}")
+        raise AgentFailure(f"agent: {reason}")
+
+    def _drop_unanswered(self) -> None:
+        """Remove the segments of requests that were cancelled before their message was complete."""
+        segments = self.episode.segments
+        segments[:] = [segment for segment in segments if any(segment.sampled)]
+
+    async def _hand_in(self, answer: Any) -> None:
+        episode = self.episode
+        if await self._ask("done", lambda: bool(self.env.done)):
+            episode.finish = "env_done"
+        elif isinstance(answer, str) and "final_answer" in self.tools:
+            call = Call("final_answer", {"answer": _text(answer)})
+            [observation] = await run_calls([call], self.tools, timeout=self.tool_timeout)
+            self._count(observation)
+            if await self._ask("done", lambda: bool(self.env.done)):
+                episode.finish = "answered"
+        episode.finish = episode.finish or self.spent
+
+    def _count(self, observation: Observation) -> None:
+        self.episode.tool_errors += observation.error
+        self.last_sign = time.monotonic()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import inspect
 import itertools
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -713,18 +714,27 @@ def make_env(spec: str) -> Callable[[], Env]:
 
 
 def _classes(path: Path) -> dict[str, type]:
-    """Run a file. The classes that it defines, by name."""
+    """The classes that a file defines, by name."""
+    module = load_file(path)
+    classes = {key: value for key, value in vars(module).items() if inspect.isclass(value)}
+    return {key: cls for key, cls in classes.items() if cls.__module__ == module.__name__}
+
+
+def load_file(path: Path) -> types.ModuleType:
+    """Run a Python file, once. Raises EnvError if it fails."""
     # A name of its own: `random.py:MyEnv` must not take the place of Python's `random`.
     name = f"env_file_{task_hash(str(path.resolve()))}"
+    if name in sys.modules:
+        return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # `demonstrator` and dataclasses look there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
+        del sys.modules[name]
         raise EnvError(f"{path} cannot be loaded: {describe(e)}") from e
-    classes = {key: value for key, value in vars(module).items() if inspect.isclass(value)}
-    return {key: cls for key, cls in classes.items() if cls.__module__ == name}
+    return module
 
 
 def demonstrator(factory: Callable[[], Env]) -> Callable[[Env, Random], Iterator[str]] | None:

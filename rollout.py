@@ -40,21 +40,40 @@ file, copy agent.py and its imports, too.
 """
 
 import asyncio
+import io
+import json
+import os
+import re
+import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
+from http.client import HTTPException, parse_headers
 from operator import attrgetter
 from random import Random
+from secrets import token_urlsafe
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from agent import Completion
+from agent import (
+    ChatMessage,
+    ChatRequest,
+    Completion,
+    OutsideAgent,
+    Reply,
+    RequestError,
+    read_request,
+)
 
 # --------------------------------------------------------------------------------------------------
 # One request: sample a token, append it, repeat
@@ -607,8 +626,9 @@ class Engine:
 
     `stats` counts since the engine was made: steps; passes through the model; prompt_tokens, the
     tokens of all contexts; prefill_tokens, those of them that a prefill computes, because no slot
-    holds them; computed_tokens, all tokens sent through the model; sampled_tokens. `window.waited`
-    is the time spent in the rejoin window, in seconds.
+    holds them; computed_tokens, all tokens sent through the model; sampled_tokens;
+    abandoned_tokens, those of them whose agent was cancelled before it got the message.
+    `window.waited` is the time spent in the rejoin window, in seconds.
     Raises ValueError for a model whose log-probs it would get wrong.
     """
 
@@ -640,9 +660,19 @@ class Engine:
         self._start_server()
         self.arrived.append(request)
         self.window.stop_expecting(asyncio.current_task())
-        await answered
+        try:
+            await answered
+        except asyncio.CancelledError:
+            if not answered.cancelled():  # the message was complete
+                self.stats["abandoned_tokens"] += len(request.completion.ids)
+            raise
         self.window.expect(asyncio.current_task())
         return request.completion
+
+    async def drain(self) -> None:
+        """Wait until no request is left. Those whose agents were cancelled are dropped soon."""
+        if self.server:
+            await self.server
 
     def forget(self) -> None:
         """Forget all keys and values when next a step begins with no request in a slot."""
@@ -670,16 +700,22 @@ class Engine:
                 self.arrived = []
                 requests = decoder.requests()
                 await loop.run_in_executor(DECODING, decoder.step)
-                for request in requests:
-                    # Done already means that its agent was cancelled meanwhile.
-                    if request.completion.finish and not request.answered.done():
-                        request.answered.set_result(None)
+                unfinished = set(decoder.requests())
+                self._answer([request for request in requests if request not in unfinished])
                 await self.window.wait()
         except BaseException as error:
             if decoder is self.decoder:
                 self._fail(requests + self.arrived, error)
             if not isinstance(error, Exception):
                 raise
+
+    def _answer(self, ended: list[AgentRequest]) -> None:
+        """Let the agents of these requests go on, as far as they still wait."""
+        for request in ended:
+            if request.answered.done():  # its agent was cancelled
+                self.stats["abandoned_tokens"] += len(request.completion.ids)
+            else:
+                request.answered.set_result(None)
 
     def _fail(self, requests: list[AgentRequest], error: BaseException) -> None:
         """Raise the error in all agents that wait."""
@@ -694,12 +730,13 @@ class Engine:
         self.window.away.clear()
 
 
-def play(starts: list[Callable[[], Coroutine]], at_once: int,
-         engine: Engine | None = None) -> list:
+def play(starts: list[Callable[[], Coroutine]], at_once: int, engine: Engine | None = None,
+         endpoint: "Endpoint | None" = None) -> list:
     """Run many episodes, at most `at_once` at a time. Raises the first failure.
 
     starts: functions that make an agent's coroutine, as `lambda: Agent(...).run(env, seed)` does.
     engine: is told of each agent that begins, so the rejoin window includes the first message.
+    endpoint: serves meanwhile.
     Returns results in the order of `starts`.
 
     >>> async def episode():
@@ -718,9 +755,211 @@ def play(starts: list[Callable[[], Coroutine]], at_once: int,
                     engine.window.expect(asyncio.current_task())
                 return await start()
 
-        return await asyncio.gather(*(play_one(*pair) for pair in enumerate(starts)))
+        async with endpoint or nullcontext():
+            results = await asyncio.gather(*(play_one(*pair) for pair in enumerate(starts)))
+        if engine:
+            await engine.drain()
+        return results
 
     return asyncio.run(play_all())
+
+
+# --------------------------------------------------------------------------------------------------
+# The endpoint: agents written elsewhere ask the engine over HTTP, as they would ask OpenAI
+
+MOST_BYTES = 4_000_000  # of a request's body
+MOST_CONNECTIONS = 1024
+MOST_SECONDS = 30.0  # to send a request
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class Session(Protocol):
+    """Who replies to the requests for one URL, such as agent.OutsideAgent."""
+
+    async def answer(self, request: ChatRequest) -> list[Reply]: ...
+
+
+class Endpoint:
+    """An OpenAI-compatible server: POST .../chat/completions and GET .../models.
+
+    It listens on this machine only, unless `host` says otherwise. Each open session has a URL that
+    nobody can guess. A URL is used again after its session has ended without an error, because some
+    clients are slow to make for a new URL.
+
+    Use it in `async with`, in the event loop of the agents. Each connection takes one request:
+    a client must not keep a connection for the next event loop.
+    """
+
+    def __init__(self, host: str = LOOPBACK[0], port: int = 0):
+        self.listening = socket.create_server((host, port), backlog=MOST_CONNECTIONS)
+        self.address = f"http://{host}:{self.listening.getsockname()[1]}"
+        self.hosts = {f"{name}:{self.listening.getsockname()[1]}" for name in (*LOOPBACK, host)}
+        self.sessions: dict[str, Session] = {}  # by path
+        self.free_paths: list[str] = []
+        self.connections: set[asyncio.Task] = set()
+        self.said: set[str] = set()
+        for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach this machine's loopback
+            os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), *LOOPBACK])
+
+    async def __aenter__(self) -> "Endpoint":
+        self.server = await asyncio.start_server(self._connect, sock=self.listening.dup())
+        return self
+
+    async def __aexit__(self, *error) -> None:
+        self.server.close()
+        for connection in self.connections:
+            connection.cancel()
+        await asyncio.gather(*self.connections, return_exceptions=True)
+
+    @contextmanager
+    def opened(self, session: Session) -> Iterator[str]:
+        """A base_url for this session, while the block runs."""
+        path = self.free_paths.pop() if self.free_paths else f"/{token_urlsafe(16)}/v1"
+        self.sessions[path] = session
+        try:
+            yield self.address + path
+            self.free_paths.append(path)  # not after an error: the agent may still run
+        finally:
+            del self.sessions[path]
+
+    def say_once(self, topic: str, text: str) -> None:
+        if topic not in self.said:
+            self.said.add(topic)
+            print(text, file=sys.stderr)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.add(asyncio.current_task())
+        try:
+            writer.write(await self._respond(reader))
+            await asyncio.wait_for(writer.drain(), MOST_SECONDS)
+        except (OSError, TimeoutError):
+            pass  # the client has gone, or does not read: there is nobody to tell
+        finally:
+            self.connections.discard(asyncio.current_task())
+            writer.close()
+
+    async def _respond(self, reader: asyncio.StreamReader) -> bytes:
+        """Read one request. Returns the whole response."""
+        try:
+            if len(self.connections) > MOST_CONNECTIONS:
+                raise HttpError(503, "too many connections")
+            async with asyncio.timeout(MOST_SECONDS):
+                method, path, body = await self._read(reader)
+            return await self._dispatch(method, path, body)
+        except HttpError as e:
+            return _error(e.status, str(e))
+        except RequestError as e:
+            return _error(400, str(e))
+        except TimeoutError:
+            return _error(408, "the request took too long")
+        except Exception:  # the session raises it in the run; the client gets no details
+            return _error(500, "the server failed")
+
+    async def _read(self, reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
+        """(method, path, body). Raises HttpError."""
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")  # of at most 64 KiB
+            line, _, rest = head.partition(b"\r\n")
+            method, path, _ = line.decode("ascii").split(" ")
+            headers = parse_headers(io.BytesIO(rest))
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, HTTPException,
+                ValueError) as e:
+            raise HttpError(400, "this is not an HTTP request") from e
+        # A web page in a browser must not reach this server, not even under another host name.
+        if headers.get("Host", "") not in self.hosts or headers.get("Origin"):
+            raise HttpError(403, "only programs on this machine may ask")
+        length = headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in headers or not re.fullmatch("[0-9]{1,9}", length):
+            raise HttpError(411, "want a Content-Length")
+        if int(length) > MOST_BYTES:
+            raise HttpError(413, f"the body has more than {MOST_BYTES:,} bytes")
+        try:
+            return method, path, await reader.readexactly(int(length))
+        except asyncio.IncompleteReadError as e:
+            raise HttpError(400, "the body is shorter than its Content-Length") from e
+
+    async def _dispatch(self, method: str, path: str, body: bytes) -> bytes:
+        base, _, rest = path.partition("/v1/")
+        session = self.sessions.get(base + "/v1")
+        if session is None:
+            raise HttpError(404, "there is no such URL, or its episode has ended")
+        if (method, rest) == ("GET", "models"):
+            return _json({"object": "list", "data": [{"id": "policy", "object": "model"}]})
+        if (method, rest) != ("POST", "chat/completions"):
+            raise HttpError(404, "want POST /v1/chat/completions or GET /v1/models")
+        try:
+            asked = json.loads(body)
+        except (ValueError, RecursionError) as e:
+            raise HttpError(400, "the body is not JSON") from e
+        request = read_request(asked)
+        if isinstance(session, OutsideAgent) and asked.keys() & {"temperature", "top_p", "seed"}:
+            self.say_once("sampling", "the agent's temperature, top_p and seed are not used: the "
+                          "policy is trained on the distribution it is sampled from")
+        answer = completion(await session.answer(request), request.messages)
+        return _events(answer, asked) if asked.get("stream") else _json(answer)
+
+
+class HttpError(Exception):
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def completion(replies: list[Reply], messages: list[ChatMessage]) -> dict:
+    """The JSON that OpenAI's API returns for a chat completion."""
+    before = sum(len(message.calls) for message in messages)  # ids of calls count on from these
+    choices = []
+    for index, reply in enumerate(replies):
+        message: dict = {"role": "assistant", "content": reply.message.text or None}
+        if reply.thinking:
+            message["reasoning_content"] = reply.thinking
+        if reply.message.calls:
+            message["tool_calls"] = [
+                {"id": f"call_{number}", "type": "function",
+                 "function": {"name": call.name, "arguments": call.arguments}}
+                for number, call in enumerate(reply.message.calls, before + 1)]
+        choices.append({"index": index, "message": message, "finish_reason": reply.finish,
+                        "logprobs": None})
+    read = sum(reply.prompt_tokens for reply in replies)
+    sampled = sum(reply.sampled_tokens for reply in replies)
+    usage = {"prompt_tokens": read, "completion_tokens": sampled, "total_tokens": read + sampled}
+    return {"id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": "policy",
+            "choices": choices, "usage": usage}
+
+
+def _events(answer: dict, asked: dict) -> bytes:
+    """The same answer for `stream`: each whole message as one event."""
+    shared = {**answer, "object": "chat.completion.chunk"}
+    usage = shared.pop("usage")
+    chunks = []
+    for choice in answer["choices"]:
+        delta = dict(choice["message"])
+        if "tool_calls" in delta:
+            delta["tool_calls"] = [{**call, "index": place}
+                                   for place, call in enumerate(delta["tool_calls"])]
+        whole = {**choice, "delta": delta}
+        whole.pop("message")
+        chunks.append({**shared, "choices": [whole]})
+    options = asked.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage"):
+        chunks.append({**shared, "choices": [], "usage": usage})
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+    return _http(200, "text/event-stream", "".join(lines).encode())
+
+
+def _json(value: dict, status: int = 200) -> bytes:
+    return _http(status, "application/json", json.dumps(value).encode())
+
+
+def _error(status: int, message: str) -> bytes:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return _json({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+
+
+def _http(status: int, kind: str, body: bytes) -> bytes:
+    head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")
+    return head.encode() + body
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python train.py --env calculator                 # one of them
     python train.py --model MODEL                    # a folder or hub id of a causal language model
     python train.py --env my_env.py:MyEnv            # an environment of yours
+    python train.py --agent my_agent.py:solve        # an agent of yours (LangGraph, smolagents)
     python train.py --resume runs/0                  # go on after a crash or Ctrl-C
     python train.py --eval-only runs/0               # score a finished run
     torchrun --nproc-per-node 2 train.py             # several processes, one for each GPU
@@ -32,6 +33,7 @@ Left out: a search for learning rates, and dashboards.
 import ctypes
 import fcntl
 import gzip
+import inspect
 import json
 import math
 import os
@@ -60,10 +62,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import env as environments
 import grpo
-from agent import Agent, Chat, Episode, Script, small_tokenizer, transcript
+from agent import Agent, Chat, Episode, OutsideAgent, Script, small_tokenizer, transcript
 from env import ENVIRONMENTS, EnvError, demonstrator, seeds
 from grpo import GRPOConfig, gather, option, ranks
-from rollout import Engine, play, small_model
+from rollout import Endpoint, Engine, play, small_model
 from tools import schema, tools_of
 
 RUNS = Path("runs")
@@ -199,6 +201,8 @@ class Config(GRPOConfig):
 
     env: list[str] = field(default_factory=lambda: [*ENVIRONMENTS], metadata={
         "help": "environments: NAME, NAME:argument=value,..., or FILE.py:Class"})
+    agent: str = option("", "FILE.py:function: an agent of yours, solve(task, tools, base_url), or "
+                            "a workflow(agent) (tests/README.md)")
     model: str = option("", "folder or hub id of a causal language model; empty: a small one")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
@@ -253,7 +257,8 @@ def defaults(config: Config) -> dict:
         **(GIVEN_MODEL if config.model else SMALL_MODEL),
         "negative_weight": 0.1 if built_in and not config.model else 1.0,
         "slots": min(128, config.tasks_per_step * config.group_size),
-        "rejoin_window": 0.25 if built_in else 0.0,  # their tools take microseconds
+        # Built-in tools take microseconds. An agent written elsewhere may take longer.
+        "rejoin_window": 0.25 if built_in and not config.agent else 0.0,
     }
 
 
@@ -289,23 +294,58 @@ def check_options(config: Config) -> None:
 
 
 @dataclass
+class YourAgent:
+    """What --agent names."""
+
+    function: Callable
+    demonstrator: Callable | None  # `demonstrate_<function>` beside it
+    endpoint: Endpoint
+
+    @property
+    def is_workflow(self) -> bool:
+        """It takes our Agent, not a task, tools and a URL."""
+        return len(inspect.signature(self.function).parameters) == 1
+
+
+@dataclass
 class Setup:
     """What episodes are made with."""
 
     config: Config
     envs: dict[str, Callable]  # name: a function that makes the environment
     chat: Chat  # messages to tokens
+    yours: YourAgent | None = None
     model: torch.nn.Module | None = None
     engine: Engine | None = None  # samples from the model; demonstrations need neither
 
     def agent(self, llm, temperature: float = 1.0) -> Agent:
-        c = self.config
-        return Agent(llm, self.chat, max_turns=c.max_turns, max_new_tokens=c.max_new_tokens,
-                     context=c.context, temperature=temperature, tool_timeout=c.tool_timeout)
+        c, yours = self.config, self.yours
+        options = {"max_turns": c.max_turns, "max_new_tokens": c.max_new_tokens,
+                   "context": c.context, "temperature": temperature, "tool_timeout": c.tool_timeout}
+        if yours is None:
+            return Agent(llm, self.chat, **options)
+        if yours.is_workflow:
+            return Agent(llm, self.chat, workflow=yours.function, **options)
+        return OutsideAgent(yours.function, yours.endpoint, llm, self.chat, **options)
+
+    def demonstrating_agent(self, messages: Iterator[str]) -> Agent:
+        """An agent whose policy writes these messages."""
+        agent = self.agent(Script(self.chat, messages))
+        if self.yours and self.yours.demonstrator and not self.yours.is_workflow:
+            agent.recite(messages)
+        return agent
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        return self.yours and self.yours.endpoint
+
+    def demonstrator(self, env: str) -> Callable | None:
+        """Who writes demonstrations: a generator beside your agent, else one beside the task."""
+        return (self.yours and self.yours.demonstrator) or demonstrator(self.envs[env])
 
     def demonstrated(self) -> list[str]:
         """The environments that have a demonstrator."""
-        return [env for env, factory in self.envs.items() if demonstrator(factory)]
+        return [env for env in self.envs if self.demonstrator(env)]
 
 
 def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: int,
@@ -321,15 +361,15 @@ def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: 
 
     # Empty the prefix cache. A resumed run begins with an empty one, so both compute the same bits.
     setup.engine.forget()
-    episodes = play_tasks(tasks, size, attempt, setup.engine.slots, setup.engine)
+    episodes = play_tasks(setup, tasks, size, attempt, setup.engine.slots, setup.engine)
     if all(e.error for e in episodes):  # else a run would learn nothing until its steps are spent
-        raise UserError(f"the environment failed in every episode of step {step}: "
-                        f"{episodes[0].error}")
+        what = "agent or environment" if setup.yours else "environment"
+        raise UserError(f"the {what} failed in every episode of step {step}: {episodes[0].error}")
     return episodes
 
 
-def play_tasks(tasks: list[tuple[str, int]], size: int, attempt: Callable, at_once: int,
-               engine: Engine | None = None) -> list[Episode]:
+def play_tasks(setup: Setup, tasks: list[tuple[str, int]], size: int, attempt: Callable,
+               at_once: int, engine: Engine | None = None) -> list[Episode]:
     """The episodes of `attempt(env, seed, member)`, for a group of `size` members at each task.
 
     With n processes, each plays every n-th group, and all get all episodes.
@@ -344,7 +384,7 @@ def play_tasks(tasks: list[tuple[str, int]], size: int, attempt: Callable, at_on
     starts = []
     for group in range(rank, len(tasks), world):
         starts += [partial(numbered, group, member) for member in range(size)]
-    played = chain(*gather(play(starts, at_once, engine)))
+    played = chain(*gather(play(starts, at_once, engine, setup.endpoint)))
     return sorted(played, key=lambda e: (e.group, e.member))
 
 
@@ -406,9 +446,9 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
     async def attempt(env: str, seed: int, member: int) -> Episode:
         environment = setup.envs[env]()
         rng = Random(f"demonstration {setup.config.seed} {seed}")
-        script = Script(setup.chat, demonstrator(setup.envs[env])(environment, rng))
+        messages = setup.demonstrator(env)(environment, rng)
         try:
-            return await setup.agent(script).run(environment, seed)
+            return await setup.demonstrating_agent(messages).run(environment, seed)
         except ValueError as e:
             raise UserError(f"{env}: its demonstrator fails: {e}") from e
 
@@ -418,7 +458,7 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
         places += [(i / number, env, seed) for i, seed in enumerate(tasks)]
     places.sort(key=lambda place: place[0])  # equal shares keep the order of `counts`
     tasks = [(env, seed) for _, env, seed in places]
-    return play_tasks(tasks, 1, attempt, at_once=64)
+    return play_tasks(setup, tasks, 1, attempt, at_once=64)
 
 
 def imitate(model, shown: list[Episode], config: Config) -> None:
@@ -516,11 +556,11 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 def make_setup(config: Config, checkpoint: Path | None = None) -> Setup:
     """Raises EnvError for an environment that cannot be used, and UserError for a model."""
-    envs = make_envs(config)
+    envs, yours = make_envs(config), load_agent(config.agent)
     try:
-        model, tokenizer = load_model(config, envs, checkpoint)
+        model, tokenizer = load_model(config, envs, yours, checkpoint)
         chat, engine = make_engine(model, tokenizer, config)
-        return Setup(config, envs, chat, model, engine)
+        return Setup(config, envs, chat, yours, model, engine)
     except ValueError as e:
         raise UserError(str(e)) from e
 
@@ -531,6 +571,19 @@ def make_envs(config: Config) -> dict[str, Callable]:
     for factory in envs.values():
         environments.check_env(factory)
     return envs
+
+
+def load_agent(spec: str) -> YourAgent | None:
+    """From "FILE.py:function". Raises UserError, or EnvError if the file fails."""
+    if not spec:
+        return None
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--agent {spec}: want FILE.py:function, and a file that exists")
+    module = vars(environments.load_file(Path(path)))
+    if not callable(module.get(name)):
+        raise UserError(f"--agent {spec}: {path} has no function {name}")
+    return YourAgent(module[name], module.get(f"demonstrate_{name}"), Endpoint())
 
 
 def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
@@ -546,7 +599,8 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
                         rejoin_window=config.rejoin_window)
 
 
-def load_model(config: Config, envs: dict[str, Callable], checkpoint: Path | None):
+def load_model(config: Config, envs: dict[str, Callable], yours: YourAgent | None,
+               checkpoint: Path | None):
     """(model, tokenizer): from a checkpoint, from a folder or hub id, or a small one made here.
 
     A model's own code is never run.
@@ -556,7 +610,7 @@ def load_model(config: Config, envs: dict[str, Callable], checkpoint: Path | Non
     if where:
         model, tokenizer = read_model(where, wide)
     else:
-        tokenizer = gather(learn_tokenizer(envs, config))[0]
+        tokenizer = gather(learn_tokenizer(envs, config, yours))[0]
         model = small_model(len(tokenizer), config.seed).to(wide)
     model.to(config.device)
     if not config.model and config.device == "cpu":
@@ -605,10 +659,10 @@ def load_reference(run: Path, model):
     return reference.to(model.device).requires_grad_(False)
 
 
-def learn_tokenizer(envs: dict[str, Callable], config: Config):
+def learn_tokenizer(envs: dict[str, Callable], config: Config, yours: YourAgent | None = None):
     """A small tokenizer, learned from what the environments and their demonstrators write."""
     spell = Chat(small_tokenizer([]))  # a token for each byte
-    setup = Setup(replace(config, context=10**6, max_new_tokens=10**5), envs, spell)
+    setup = Setup(replace(config, context=10**6, max_new_tokens=10**5), envs, spell, yours)
     shown = demonstrations(setup, dict.fromkeys(setup.demonstrated(), 300), start=0)
     written = [segment.ids for episode in shown for segment in episode.segments]
     for factory in envs.values():
@@ -626,13 +680,30 @@ def prompts(chat: Chat, factory: Callable, number: int) -> list[list[int]]:
 def check_fit(setup: Setup) -> None:
     """Raise UserError if a prompt leaves no room for a message, or if a demonstrator fails."""
     config = setup.config
+    if config.warmup_steps:
+        shown = demonstrations(setup, dict.fromkeys(setup.demonstrated(), 10), start=0)
+        check_trial(setup, shown)
+    if setup.yours:
+        tasks = [(env, next(seeds(setup.envs[env], evaluation=False))) for env in setup.envs]
+        check_trial(setup, roll_out(setup, tasks, "trial", 1, 1.0))
+        return
     for env, factory in setup.envs.items():
         longest = max(len(ids) for ids in prompts(setup.chat, factory, 20))
         if longest + config.max_new_tokens > config.context:
             raise UserError(f"{env}: a prompt of {longest} tokens and a message of "
                             f"{config.max_new_tokens} do not fit --context {config.context}")
-    if config.warmup_steps:
-        demonstrations(setup, dict.fromkeys(setup.demonstrated(), 10), start=0)
+
+
+def check_trial(setup: Setup, episodes: list[Episode]) -> None:
+    """Raise UserError if an agent of yours does not work at all."""
+    for e in episodes:
+        if e.error and setup.yours:
+            raise UserError(f"--agent fails: {e.error}")
+        if e.finish == "context":
+            raise UserError(f"{e.env}: the agent's messages do not fit "
+                            f"--context {setup.config.context}")
+        if not e.turns:
+            raise UserError("--agent asked the policy nothing: does it use base_url?")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def test_a_run_says_and_keeps_the_options_it_resolved(finished):
 def test_a_tool_gets_the_seconds_it_is_given():
     """In demonstrations, too: there it was the default."""
     window = SimpleNamespace(expect=lambda task: None)
-    engine, seen = SimpleNamespace(forget=lambda: None, window=window, slots=1), []
+    engine, seen = SimpleNamespace(forget=lambda: None, window=window, slots=1, drain=drain), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Agent", lambda *_, **options: seen.append(options) or FakeAgent())
         config = train.resolve(train.Config(env=["calculator"], tool_timeout=0.5))
@@ -323,6 +323,10 @@ def test_a_tool_gets_the_seconds_it_is_given():
 class FakeAgent:
     async def run(self, *_):
         return Episode()
+
+
+async def drain():
+    """Of the fake engine: it has no requests."""
 
 
 @pytest.mark.parametrize("config, weight", [
