@@ -22,9 +22,9 @@ The engine below it has five parts, in the order of the file:
     Decoder        Its `step` admits requests to slots, prefills, and decodes one token of each. It
                    computes duplicate requests once: the attempts of a group begin with the same
                    prompt, and a trained policy often samples the same tokens.
-    RejoinWindow   Optional. Before each step the engine waits a short time for the agents it has
-                   just answered. If all of them ask again in time, the batches are the same in
-                   every run. Then a run repeats bit by bit.
+    RejoinWindow   Optional. Rounding depends on which requests share a batch, and that depends on
+                   the speed of tools. So before each step the engine waits a short time for the
+                   agents it has just answered. If all ask again in time, a run repeats bit by bit.
     Engine         What agents call: `await engine.generate(ids, ...)`. Steps run in a second
                    thread, so agents and tools go on meanwhile.
 
@@ -37,8 +37,12 @@ on the distribution it was sampled from); models with sliding windows or recurre
 (`check_model` refuses them); Apple's GPUs, which have no float64. Agents of agent.py ask the
 engine, and their episodes go to grpo.py. `python rollout.py` compares the four ways. To reuse this
 file, copy agent.py and its imports, too.
+
+After the engine comes the `Endpoint`: agents written elsewhere ask the engine over HTTP.
+`python rollout.py --serve runs/NAME` serves a finished run, `--chat` talks with it.
 """
 
+import argparse
 import asyncio
 import io
 import json
@@ -57,23 +61,34 @@ from functools import partial
 from http import HTTPStatus
 from http.client import HTTPException, parse_headers
 from operator import attrgetter
-from random import Random
+from pathlib import Path
+from random import Random, SystemRandom
 from secrets import token_urlsafe
 from typing import Protocol
 
 import numpy as np
 import torch
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from agent import (
+    Chat,
     ChatMessage,
     ChatRequest,
     Completion,
     OutsideAgent,
+    Recorder,
     Reply,
     RequestError,
     read_request,
 )
+from env import make_env
+from tools import parse, run_calls, schema, tools_of
 
 # --------------------------------------------------------------------------------------------------
 # One request: sample a token, append it, repeat
@@ -236,7 +251,7 @@ def batched_generate(model, prompts: list[list[int]], max_new_tokens: int, stop_
 #     Engine.generate    adds it to `arrived`. The agent waits.
 #     Decoder.step       `_admit` finds a slot and the longest prefix that is computed already.
 #                        `_prefill` computes the rest of the context and samples the first token.
-#     Decoder.step       `_decode` samples one more token, in each step until the message ends.
+#     Decoder.step       `_sample` decodes one more token, in each step until the message ends.
 #     Engine._serve      answers the agent.
 
 # --------------------------------------------------------------------------------------------------
@@ -336,10 +351,10 @@ class PrefixCache:
     """Which tokens each slot holds, and which slots are idle."""
 
     def __init__(self, slots: int, context: int):
-        # tokens[slot]: all tokens of the slot's context, then -1.
-        # length[slot]: how many of them have keys and values in the KV cache. It can be smaller
-        # during a prefill, and by one for the newest token of a request that `Decoder._split` has
-        # just put into this slot.
+        # tokens[slot]: the tokens of its context, then -1. The newest sampled token is not among
+        # them: `extend` adds it in the next step, when it goes through the model.
+        # length[slot]: how many of these tokens have keys and values in the KV cache. The others
+        # are announced: a prefill of this step computes them.
         self.tokens = np.full((slots, context), -1)  # [slots, context]
         self.length = np.zeros(slots, dtype=np.int64)  # [slots]
         self.idle = list(range(slots))  # the one that was released first comes first
@@ -349,12 +364,13 @@ class PrefixCache:
 
         None: a prefill of this step computes a longer prefix, for another request. Wait for it.
         """
-        # The last token must go through the model in any case: it predicts the next one.
+        # shared: how many tokens are the same. ready: how many of these are computed already.
+        # Without the last token, which must go through the model: it predicts the next one.
         shared = common_prefix(self.tokens, np.array(ids[:-1]))  # [slots]
         ready = np.minimum(shared, self.length)  # [slots]
         longest = int(ready.max())
         if shared.max() >= longest + WORTH_WAITING:
-            return None
+            return None  # if less would be saved, compute these tokens a second time
         # If an idle slot holds exactly this prefix, the request goes on there. Nothing is copied.
         for slot in self.idle:
             if ready[slot] == self.length[slot] == longest:
@@ -438,7 +454,7 @@ class Decoder:
         while admitted := self._admit():
             self._prefill(admitted)
         if decoding:
-            self._decode(decoding)
+            self._sample(decoding)
         self.stats["steps"] += 1
 
     # ---- Admission: find a prefix, take a slot ----
@@ -468,7 +484,7 @@ class Decoder:
         """The waiting requests that can be admitted now, in the order of their agents.
 
         Duplicates share a slot until they sample different tokens. Then each may need a slot of its
-        own. So one slot is reserved for each request, also while several share one.
+        own. So requests are counted, not slots: `_split` always finds an idle slot.
         """
         in_slots = sum(len(requests) for requests in self.active.values())
         return sorted(self.waiting, key=attrgetter("agent"))[: self.cache.slots - in_slots]
@@ -480,18 +496,24 @@ class Decoder:
         self.prefixes.take(prefix.target, requests[0].ids, prefix.length)
         self.active[prefix.target] = requests
 
-    # ---- Prefill and decode: both send the tokens that the slots lack through the model ----
+    # ---- Prefill and decode. Both compute what a slot lacks, and sample the next token ----
 
     def _prefill(self, slots: list[int]) -> None:
-        """Compute new contexts without the prefixes that are there, and sample a token for each."""
-        # One pass over many long contexts would need memory for rows times length squared.
+        """Compute new contexts without the prefixes that are there, and sample a token for each.
+
+        Long contexts go in pieces: one pass would need memory for rows times length squared. The
+        last piece gives the logits of the first token.
+        """
         piece = max(1, PREFILL_TOKENS // len(slots))
         while unfinished := [slot for slot in slots if len(self._lacking(slot)) > piece]:
-            self._compute(unfinished, piece)
-        self._decode(slots)
+            self._compute(unfinished, piece)  # afterwards the slots lack a piece less
+        self._sample(slots)
 
-    def _decode(self, slots: list[int]) -> None:
-        """Compute the tokens that the slots lack, and sample the next token of each request."""
+    def _sample(self, slots: list[int]) -> None:
+        """Compute the tokens that the slots lack, and sample the next token of each request.
+
+        In decoding a slot lacks one token, the newest.
+        """
         requests, row_of = [], []  # [R] each
         for row, slot in enumerate(slots):
             requests += self.active[slot]
@@ -576,7 +598,8 @@ class RejoinWindow:
     """
 
     def __init__(self, seconds: float):
-        self.seconds, self.waited = seconds, 0.0  # at most for each step, and in all
+        self.seconds = seconds  # the longest wait before a step
+        self.waited = 0.0  # the sum of all waits
         self.away: set[asyncio.Task] = set()  # the agents to wait for
         self.all_back: asyncio.Future | None = None  # during a wait
 
@@ -695,6 +718,7 @@ class Engine:
         requests: list[AgentRequest] = []  # of the last step
         try:
             await self.window.wait()
+            # After a failure `_reset` has replaced the decoder, and another server works for it.
             while decoder is self.decoder and (self.arrived or decoder.requests()):
                 decoder.waiting += self.arrived
                 self.arrived = []
@@ -1033,6 +1057,75 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
 
 
 # --------------------------------------------------------------------------------------------------
+# A finished run: python rollout.py --serve runs/NAME, or --chat runs/NAME
+
+
+class FinishedRun:
+    """The model of a run, to serve or to chat with. Nothing is recorded."""
+
+    def __init__(self, run: Path):
+        config = json.loads((run / "run.json").read_text())["config"]
+        model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+        self.chat = make_chat(model, AutoTokenizer.from_pretrained(run / "model"))
+        self.envs, self.context = config["env"], config["context"]
+        self.max_new_tokens = config["max_new_tokens"]
+        self.engine = Engine(model, self.chat.stop_ids, slots=16, context=self.context)
+
+    async def answer(self, request: ChatRequest) -> list[Reply]:
+        """For an Endpoint, which finds no other session at this URL."""
+        samples = [self.sample(request) for _ in range(request.number)]
+        return await asyncio.gather(*samples)
+
+    async def sample(self, request: ChatRequest) -> Reply:
+        recorder = Recorder(self.engine, self.chat, [], max_new_tokens=self.max_new_tokens,
+                            context=self.context, seed=SystemRandom().getrandbits(64))
+        return await recorder.sample(request, request.temperature, turn=0)
+
+
+def make_chat(model, tokenizer) -> Chat:
+    """With all tokens that end a message: Llama 3 has several, and its tokenizer knows one.
+
+    Raises ValueError if the tokenizer has no usable chat template.
+    """
+    ends = model.generation_config.eos_token_id
+    return Chat(tokenizer, set(ends if isinstance(ends, list) else [ends]) - {None})
+
+
+async def serve(run: FinishedRun, port: int) -> None:
+    """An OpenAI-compatible server until Ctrl-C, for programs on this machine."""
+    async with Endpoint(port=port) as endpoint:
+        endpoint.sessions["/v1"] = run
+        print(f"base_url {endpoint.address}/v1, any api_key; Ctrl-C stops it")
+        await asyncio.Event().wait()
+
+
+async def talk(run: FinishedRun) -> None:
+    """A chat in the terminal, with the tools of the run's first environment."""
+    env = make_env(run.envs[0])()
+    task, messages = env.reset(SystemRandom().getrandbits(32)), []
+    tools = {name: tool for name, tool in tools_of(env).items() if name != "final_answer"}
+    schemas = [schema(tool) for tool in tools.values()]
+    print(f"Tools: {', '.join(tools) or 'none'}. An empty line asks: {task}")
+    while True:
+        messages.append(ChatMessage("user", input("you> ") or task))
+        while messages and (messages[-1].role != "assistant" or messages[-1].calls):
+            reply = await run.sample(ChatRequest(messages, schemas))
+            if reply.thinking:
+                print(f"(thinks) {reply.thinking}")
+            print(f"policy> {reply.message.text}" + (" [cut]" if reply.finish == "length" else ""))
+            if not reply.sampled_tokens:
+                print("(the context is full: the conversation begins anew)")
+                messages.clear()
+                break
+            messages.append(reply.message)
+            for call in reply.message.calls:
+                written = parse(f"<tool_call>{call.as_json()}</tool_call>", schemas).calls
+                [observation] = await run_calls(written, tools)
+                print(f"tool> {call.name} {call.arguments} -> {observation.text}")
+                messages.append(ChatMessage("tool", observation.text))
+
+
+# --------------------------------------------------------------------------------------------------
 # python rollout.py
 
 
@@ -1062,5 +1155,23 @@ def demo(agents: int = 8) -> None:
         print(f"  {name:18}{sampled / seconds:7,.0f} sampled tokens per second")
 
 
+def command_line() -> None:
+    parser = argparse.ArgumentParser(description="Without options: compare four ways to sample.")
+    parser.add_argument("--serve", metavar="RUN", type=Path, help="serve the model of a run")
+    parser.add_argument("--chat", metavar="RUN", type=Path, help="chat with the model of a run")
+    parser.add_argument("--port", type=int, default=8000, help="for --serve")
+    options = parser.parse_args()
+    if not (options.serve or options.chat):
+        return demo()
+    try:
+        run = FinishedRun(options.serve or options.chat)
+        asyncio.run(serve(run, options.port) if options.serve else talk(run))
+    except (OSError, LookupError, ValueError) as e:
+        print(f"rollout.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
 if __name__ == "__main__":
-    demo()
+    command_line()
