@@ -692,6 +692,7 @@ def make_env(spec: str) -> Callable[[], Env]:
     >>> make_env("calculator:digits=2")().digits
     2
 
+    A value that is no integer is passed as text, unless the constructor wants an `int`.
     Raises EnvError, in one line that names the choices.
     """
     name, _, rest = spec.partition(":")
@@ -704,13 +705,27 @@ def make_env(spec: str) -> Callable[[], Env]:
         raise EnvError(f"unknown environment '{name}': choose from {choices}")
     cls = classes[name]
     try:
-        pairs = [pair.split("=") for pair in rest.split(",") if pair]
-        factory = functools.partial(cls, **{key: int(value) for key, value in pairs})
+        pairs = [pair.split("=", 1) for pair in rest.split(",") if pair]
+        factory = functools.partial(cls, **{key: _read(cls, key, value) for key, value in pairs})
         factory()  # what the constructor refuses, it refuses now
     except Exception as e:
-        takes = f"{name} takes NAME=NUMBER of {inspect.signature(cls)}"
+        takes = f"{name} takes NAME=VALUE of {inspect.signature(cls)}"
         raise EnvError(f"{spec}: {describe(e)}. {takes}") from e
     return factory
+
+
+def _read(cls: type, key: str, text: str) -> int | str:
+    """The value of a constructor's argument. Raises ValueError if it must be an integer."""
+    parameter = inspect.signature(cls).parameters.get(key)
+    hint = parameter.annotation if parameter else None
+    if hint in (str, "str"):  # "str" with `from __future__ import annotations`
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        if hint in (int, "int"):
+            raise
+        return text
 
 
 def _classes(path: Path) -> dict[str, type]:

@@ -1,9 +1,10 @@
 """Functions as tools: describe them to a model, read the calls it writes, run them under limits.
 
-    schema     a function with type hints and a docstring -> the JSON description in the prompt
-    tools_of   an object, such as an environment -> its public methods, as tools
-    parse      the text of a sampled message -> its thinking, its text and its calls
-    run_calls  calls -> observations: text that agent.py appends for the policy to read
+    schema         a function with type hints and a docstring -> the JSON description in the prompt
+    tools_of       an object, such as an environment -> its public methods, as tools
+    parse          the text of a sampled message -> its thinking, its text and its calls
+    run_calls      calls -> observations: text that agent.py appends for the policy to read
+    as_function    a tool of LangChain or smolagents -> a function, which all of these take
 
 The idea to take away: a policy that explores writes broken calls, so *nothing it writes may raise*.
 What is wrong with a call, and how to write it right, becomes an observation. The episode goes on,
@@ -43,7 +44,7 @@ import threading
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, Union
 
 from transformers.utils import get_json_schema
 
@@ -54,12 +55,13 @@ from transformers.utils import get_json_schema
 def schema(function: Callable) -> dict:
     """The description of a tool, in the form that chat templates and APIs take.
 
+    The tool is a function, or what `as_function` makes one of.
     Raises what `get_json_schema` raises if a type hint or a docstring is missing.
 
     >>> schema(calculator)["function"]["parameters"]["required"]
     ['expression']
     """
-    described = get_json_schema(function)
+    described = get_json_schema(as_function(function))
     described["function"].pop("return", None)  # APIs refuse this key
     return described
 
@@ -106,6 +108,8 @@ def plain_run(text: str, tools: Mapping[str, Callable]) -> list[str]:
 def tools_of(obj: object, reserved: Sequence[str] = ("reset", "get_reward")) -> dict[str, Callable]:
     """The public methods of an object, base classes first, in the order of their definition.
 
+    An attribute of the class that is a tool of LangChain or smolagents counts as a method.
+
     >>> class Door:
     ...     def open(self) -> str: ...
     ...     def _creak(self) -> str: ...
@@ -121,6 +125,8 @@ def tools_of(obj: object, reserved: Sequence[str] = ("reset", "get_reward")) -> 
             member = inspect.getattr_static(type(obj), name)
             if inspect.isfunction(member) or isinstance(member, (staticmethod, classmethod)):
                 methods[name] = getattr(obj, name)
+            elif as_function(member) is not member:
+                methods[member.name] = as_function(member)
     return methods
 
 
@@ -385,7 +391,7 @@ async def _run_call(call: Call | CallError, tools: Mapping[str, Callable], timeo
         return _failed(call.message)
     if call.name not in tools:
         return _failed("there is no such tool")
-    function = tools[call.name]
+    function = as_function(tools[call.name])
     if inspect.iscoroutinefunction(function):
         return await _in_time(_run_async(function, call.arguments), call.name, timeout)
     owner = getattr(function, "__self__", call)  # a function that is no method waits for nobody
@@ -500,7 +506,8 @@ def safe_tools(tools: Mapping[str, Callable], timeout: float,
      "error: got an unexpected keyword argument 'number'")
     """
     turn = threading.Lock()  # one call at a time: these tools change one environment
-    return [_safe_tool(name, tool, timeout, report, turn) for name, tool in tools.items()]
+    return [_safe_tool(name, as_function(tool), timeout, report, turn)
+            for name, tool in tools.items()]
 
 
 def _safe_tool(name: str, tool: Callable, timeout: float, report: Callable, turn) -> Callable:
@@ -587,6 +594,104 @@ def clip(text: str, max_chars: int) -> str:
         text = f"{text[:head]} [... {cut:,} characters cut ...] {text[head + cut :]}"
     # A policy can write "\ud800" in JSON, which is half a character: no tokenizer takes it.
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tools written for other libraries
+
+
+def as_function(tool: Any) -> Callable:
+    """A tool of LangChain or smolagents as a function. A function stays as it is.
+
+    A tool is known by its shape: neither library is imported.
+
+    >>> class Shout:  # as in smolagents
+    ...     name, description = "shout", "Say it loud."
+    ...     inputs = {"text": {"type": "string", "description": "What to say"}}
+    ...     def forward(self, text): return text.upper()
+    ...     __call__ = forward
+    >>> shout = as_function(Shout())
+    >>> shout("hello"), inspect.signature(shout)
+    ('HELLO', <Signature (text: str)>)
+    """
+    if hasattr(tool, "tool_call_schema"):  # LangChain
+        parameters = tool.tool_call_schema  # a JSON schema, or a class of pydantic
+        if not isinstance(parameters, dict):
+            parameters = parameters.model_json_schema()
+        # A tool that has a coroutine may have nothing else.
+        call = tool.ainvoke if getattr(tool, "coroutine", None) else tool.invoke
+    elif hasattr(tool, "inputs") and hasattr(tool, "forward"):  # smolagents
+        required = [key for key, spec in tool.inputs.items() if not spec.get("nullable")]
+        parameters = {"properties": tool.inputs, "required": required}
+
+        def call(arguments: dict) -> Any:
+            return tool(**arguments)
+    else:
+        return tool
+    return function_of(tool.name, tool.description, parameters, call)
+
+
+def function_of(name: str, description: str, parameters: dict, call: Callable) -> Callable:
+    """A function with type hints and a docstring, made from a tool's JSON schema.
+
+    `call` gets the arguments as one dictionary. If it is an `async def`, so is the function. An
+    argument that may be left out counts as left out when it is None. Hints cannot express all of
+    JSON schema: an object becomes a `dict`, whatever its fields.
+    """
+    specs, required = parameters.get("properties", {}), parameters.get("required", [])
+    hints, arguments = {}, []
+    for key in sorted(specs, key=lambda key: key not in required):  # Python wants these first
+        hints[key] = _hint(specs[key], parameters.get("$defs", {}))
+        default = inspect.Parameter.empty if key in required else specs[key].get("default")
+        if default is None:
+            hints[key] = hints[key] | None
+        arguments.append(inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                                           default=default, annotation=hints[key]))
+    signature = inspect.Signature(arguments)
+
+    def given(args: tuple, kwargs: dict) -> dict:
+        found = signature.bind(*args, **kwargs).arguments
+        return {key: value for key, value in found.items() if value is not None or key in required}
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return call(given(args, kwargs))
+
+    async def async_function(*args: Any, **kwargs: Any) -> Any:
+        return await call(given(args, kwargs))
+
+    made = async_function if inspect.iscoroutinefunction(call) else function
+    made.__name__, made.__signature__, made.__annotations__ = name, signature, hints
+    made.__doc__ = _docstring(description, specs)
+    return made
+
+
+def _docstring(description: str, specs: dict[str, dict]) -> str:
+    """A docstring as `schema` reads it. A description with a section `Args:` is one already."""
+    if "Args:" in description or not specs:
+        return description
+    lines = [f"    {key}: {spec.get('description', key)}" for key, spec in specs.items()]
+    return "\n".join([description, "", "Args:", *lines])
+
+
+def _hint(spec: dict, definitions: dict[str, dict]) -> Any:
+    """The type hint that says what a JSON schema says. `Any`, where none does.
+
+    >>> _hint({"type": "array", "items": {"enum": ["red", "green"]}, "nullable": True}, {})
+    typing.Optional[list[typing.Literal['red', 'green']]]
+    """
+    if "$ref" in spec:
+        return _hint(definitions.get(spec["$ref"].rpartition("/")[2], {}), definitions)
+    types = {name: kind for kind, name in _JSON_TYPES.items()}
+    hints = [types.get(name, Any) for name in _types(spec)] or [Any]
+    if "enum" in spec:
+        hints = [Literal[tuple(spec["enum"])]]
+    elif "anyOf" in spec:
+        hints = [_hint(option, definitions) for option in spec["anyOf"]]
+    elif hints == [list] and "items" in spec:
+        hints = [list[_hint(spec["items"], definitions)]]
+    if spec.get("nullable"):
+        hints.append(None)
+    return Union[tuple(hints)]  # noqa: UP007  (there is no | of a list)
 
 
 # --------------------------------------------------------------------------------------------------

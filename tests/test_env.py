@@ -197,9 +197,9 @@ def test_make_env_reads_difficulty():
 
 @pytest.mark.parametrize("spec, message", [
     ("looklup", f"unknown environment 'looklup': choose from {NAMES}, FILE.py:Class"), ("", "unknown environment ''"),
-    ("lookup:hop=2", "lookup:hop=2: TypeError: "), ("lookup:hop=2", "'hop'. lookup takes NAME=NUMBER of (hops: int = 3, people:"),
-    ("lookup:hops", "lookup:hops: ValueError: "), ("lookup:hops=two", "'two'. lookup takes NAME=NUMBER of (hops: int = 3,"),
-    ("lookup:hops=--2", "'--2'"), ("lookup:hops=²", "'²'"), ("lookup:hops=2=3", "lookup takes NAME=NUMBER of"),
+    ("lookup:hop=2", "lookup:hop=2: TypeError: "), ("lookup:hop=2", "'hop'. lookup takes NAME=VALUE of (hops: int = 3, people:"),
+    ("lookup:hops", "lookup:hops: ValueError: "), ("lookup:hops=two", "'two'. lookup takes NAME=VALUE of (hops: int = 3,"),
+    ("lookup:hops=--2", "'--2'"), ("lookup:hops=²", "'²'"), ("lookup:hops=2=3", "lookup takes NAME=VALUE of"),
     ("nowhere.py:A", "nowhere.py cannot be loaded: FileNotFoundError"),
 ])
 def test_make_env_says_what_is_wrong_in_one_line(spec, message):
@@ -276,7 +276,7 @@ def test_a_file_that_cannot_be_used_is_one_clear_line(tmp_path, code, message):
 def test_a_constructor_that_raises_is_one_clear_line(tmp_path):
     (tmp_path / "bad.py").write_text("class A:\n    def __init__(self, size=1, *rest, **more): raise RuntimeError('no\\nroom')")
     for options in ("size=3", "more=3", ""):
-        with pytest.raises(EnvError, match=re.escape(f"bad.py:A:{options}: RuntimeError: no room. A takes NAME=NUMBER of (size=1, ")):
+        with pytest.raises(EnvError, match=re.escape(f"bad.py:A:{options}: RuntimeError: no room. A takes NAME=VALUE of (size=1, ")):
             make_env(f"{tmp_path}/bad.py:A:{options}")
 
 

@@ -205,7 +205,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path):
 
 BAD = [
     (["--env", "chess"], "unknown environment 'chess': choose from calculator, lookup"),
-    (["--env", "calculator:digit=2"], "calculator takes NAME=NUMBER of (digits: int = 3"),
+    (["--env", "calculator:digit=2"], "calculator takes NAME=VALUE of (digits: int = 3"),
     (["--env", "missing.py:Mine"], "missing.py cannot be loaded: FileNotFoundError"),
     (["--model", "not/a/folder"], "no causal language model at 'not/a/folder'"),
     (["--resume", "runs/none"], "no run at 'runs/none'"),
