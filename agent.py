@@ -939,11 +939,12 @@ class OutsideAgent(Agent):
             while True:
                 conversation = yield "a message"
         """
-        next(demonstrator)  # up to its first `yield`
         self.demonstrator = demonstrator
 
     def _recite(self, request: ChatRequest) -> str:
         try:
+            if inspect.getgeneratorstate(self.demonstrator) == inspect.GEN_CREATED:
+                next(self.demonstrator)  # up to its first `yield`
             return self.demonstrator.send(request.messages)
         except StopIteration:
             raise ValueError("the agent asks for more messages than are demonstrated") from None
