@@ -117,11 +117,11 @@ def test_your_own_tool_environment_and_model_work(tmp_path, here):
     MODEL is what a first run with the same files has trained.
     """
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README.read_text(), re.DOTALL)
-    assert [name for name, _ in blocks] == ["wordy.py", "buttons.py"]
+    assert [name for name, _ in blocks] == ["buttons.py", "my_agent.py"]
     for name, code in blocks:
         assert code.count("\n") < 20
         (tmp_path / name).write_text(code)
-    envs = ["buttons.py:Buttons", "wordy.py:Wordy"]
+    envs = ["buttons.py:Buttons", "lookup"]
     code, _, errors = here(tmp_path, "--name", "mine", *SMALL, "--env", *envs)
     assert code == 0, errors
     (command,) = [words for words in commands(README) if words[-2:] == ["--model", "MODEL"]]
@@ -129,6 +129,11 @@ def test_your_own_tool_environment_and_model_work(tmp_path, here):
     code, _, errors = here(tmp_path, "--name", "given", *SMALL, *options)
     assert code == 0, errors
     assert (tmp_path / "runs" / "given" / "model" / "model.safetensors").is_file()
+    pytest.importorskip("langchain_openai", reason="see tests/requirements-peers.txt")
+    (command,) = [words for words in commands(README) if "--agent" in words]
+    options = command[command.index("train.py") + 1 :]
+    code, _, errors = here(tmp_path, "--name", "agent", *SMALL, *options)
+    assert code == 0, errors
 
 
 # ---- pictures ----
