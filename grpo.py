@@ -6,37 +6,39 @@ episodes likelier, and those of bad ones less likely:
 
     gradient = sum over sampled tokens of  weight * advantage * grad log p(token)
 
-By default every token has the same weight: 1 / (number of trained tokens in the batch).
-
 Good compared with what? GRPO (group relative policy optimization) plays the same task several
 times: a group. The advantage of an episode is its reward minus the mean reward of its group. No
-second network is needed.
+second network is needed. An advantage of 0 gives no gradient, so tokens with it are left out. The
+other sampled tokens are the trained ones. By default all of these have the same weight: 1 / (their
+number in the batch).
 
     episodes -> `advantages`    one number for each episode
              -> `make_rows`     the tokens to train, with an advantage each
-    rows     -> `plain_loss`    the ratio of each token times its advantage, clipped as in PPO
+    rows     -> `plain_loss`    the ratio of each token times its advantage, clipped
     loss     -> `plain_update`  gradient, optimizer step; the same batch again for some epochs
 
 The ratio of a token is its probability now, divided by its probability when it was sampled. It
 starts at 1. If the advantage is positive, training raises the ratio. Above 1.28 the token adds no
 more gradient. If the advantage is negative, training lowers the ratio. Below 0.8 the token adds no
-more gradient.
+more gradient. This clipping keeps the policy near the one that sampled. It comes from PPO (proximal
+policy optimization), the algorithm that GRPO simplifies.
 
-Read down to the first line of ==== for the algorithm. `GRPOConfig` (the options) and
-`token_weights` stand below it. `learn_bandit`, at the end of this file, is a whole training loop of
-twenty lines. Below the last line of ====, `update` does what `plain_update` does, but faster and in
-less memory: a prefix that several rows share is computed once, and kernels.py never holds all
-logits.
+Two lines of ==== divide the file into three parts:
+
+    1  The algorithm: `advantages`, `plain_loss`, `plain_update`. To get the idea, stop there.
+    2  The options (`GRPOConfig`), and how episodes become rows (`make_rows`, `token_weights`).
+    3  `update` does what `plain_update` does, but faster and in less memory. A prefix that several
+       rows share is computed once, and kernels.py never holds all logits. At the end stands
+       `learn_bandit`, a whole training loop of twenty lines. (A bandit is a task of one decision.)
 
 The first GRPO paper differs in four ways. It divides the advantage by the group's standard
-deviation, gives all episodes the same weight, clips symmetrically and adds a KL term. Dr. GRPO
-drops the division, and DAPO gives all tokens the same weight and clips wider upwards. Both drop the
-KL term. Each choice is an option of `GRPOConfig`. Imitation is the same update with advantage 1 and
-`kind="reinforce"`.
+deviation, gives all episodes the same weight, clips symmetrically and adds a KL term to the loss: a
+penalty for the distance to the model before RL. Dr. GRPO drops the division, and DAPO gives all
+tokens the same weight and clips wider upwards. Both drop the KL term. Each choice is an option of
+`GRPOConfig`. Imitation is the same update with advantage 1 and `kind="reinforce"`.
 
 Left out: a replay buffer, a second network that predicts rewards, LoRA. The episodes are those of
-agent.py. `python grpo.py` learns a small bandit: episodes of one token. To use this file elsewhere,
-copy it with kernels.py.
+agent.py. `python grpo.py` learns the bandit. To use this file elsewhere, copy it with kernels.py.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -55,7 +57,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from kernels import linear_logps, linear_policy_loss
+from kernels import Options, linear_logps, linear_policy_loss
 
 if TYPE_CHECKING:
     from agent import Episode
@@ -69,8 +71,9 @@ def advantages(rewards: Sequence[float], groups: Sequence, divide_by_std: bool =
     `leave_one_out` it does not (RLOO, 2402.14740). With `divide_by_std` the result is divided by
     the group's standard deviation, but by no less than 0.001.
 
-    A group of one, or of equal rewards, gives 0. Smaller differences than 1e-6 are rounding. Adam
-    rescales gradients, so it could turn even these into steps of normal size.
+    A group of one, or of equal rewards, gives 0. Rewards that differ by less than 1e-6 count as
+    equal. Adam divides a gradient by its own size, so even a gradient of 1e-9 would make a full
+    step.
 
     >>> advantages([1.0, 0.0, 0.0, 1.0, 1.0], [0, 0, 0, 0, 7])
     [0.5, -0.5, -0.5, 0.5, 0.0]
@@ -134,14 +137,15 @@ def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: floa
         logps = log_probs[i, positions - 1, tokens]  # [N], the token before predicts each
 
         like = {"dtype": logps.dtype, "device": logps.device}
-        # log p_old, as the rollout recorded it. (`update` computes it again instead.)
+        # log p_old: here what the rollout recorded. `update` takes what its first epoch computes:
+        # equal up to rounding, but then the first ratio is exactly 1.
         old_logps = torch.tensor(row.behavior_logps, **like)  # [N]
         advantage = torch.tensor(row.advantages, **like)  # [N]
         ratio = (logps - old_logps).exp()
         clipped = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
         # The minimum takes the clipped ratio, a constant, in two cases:
         # advantage > 0 and ratio > 1 + eps_high, or advantage < 0 and ratio < 1 - eps_low.
-        # Then the gradient is 0. Else it is weight * advantage * ratio * grad log p.
+        # Then the gradient of the gain is 0. Else it is advantage * ratio * grad log p.
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         loss = loss - weight * gain.sum()
     return loss
@@ -149,7 +153,7 @@ def plain_loss(model, rows: Sequence[Row], config: GRPOConfig, temperature: floa
 
 def plain_update(model, optimizer, rows: Sequence[Row], config: GRPOConfig,
                  temperature: float = 1.0) -> None:
-    """Train the model on a batch of rows for some epochs, with one optimizer step in each.
+    """Train the model on a batch of rows, with one optimizer step in each epoch (by default: one).
 
     In the first epoch the model is still the one that sampled. So every ratio is 1, up to rounding.
     The gradient of a ratio of 1 is grad log p, so the first step follows the policy gradient. Later
@@ -179,13 +183,16 @@ def option(default, text: str):
 
 @dataclass
 class GRPOConfig:
-    """The options: first those of the advantages, then of the loss, then of the optimizer."""
+    """The options: first those of the advantages, then of the loss, then of the optimizer.
+
+    The defaults are plain GRPO: one epoch, and DAPO's choices (see the top of this file). The
+    options of the loss are explained in kernels.py.
+    """
 
     divide_by_std: bool = option(False, "divide advantages by their group's deviation (GRPO)")
     leave_one_out: bool = option(False, "baseline: the mean of the other attempts only (RLOO)")
     negative_weight: float = option(1.0, "factor of advantages below 0")
-    turn_credit: float = option(0.0, "weight of a second advantage, which compares turns that "
-                                     "begin in the same state (GiGPO)")
+    turn_credit: float = option(0.0, "weight of a second advantage, by turn and state (GiGPO)")
     normaliser: Literal["token", "episode", "constant"] = option(
         "token", "token: all tokens weigh the same (DAPO); episode: all episodes (GRPO); "
         "constant: normaliser_tokens for each episode (Dr. GRPO)")
@@ -194,14 +201,12 @@ class GRPOConfig:
     sequence_ratio: bool = option(False, "one ratio for all of an episode's tokens (GSPO)")
     eps_low: float = option(0.2, "ratios below 1 - eps_low are clipped")
     eps_high: float = option(0.28, "ratios above 1 + eps_high are clipped")
-    dual_clip: float | None = option(
-        None, "where the advantage is below 0: no gradient if the ratio is above this")
-    tis_cap: float | None = option(
-        None, "weigh tokens by min(p_old / p_rollout, this), which corrects for other rounding "
-        "during rollouts (truncated importance sampling)")
+    dual_clip: float | None = option(None, "advantage below 0: no gradient above this ratio")
+    tis_cap: float | None = option(None, "weigh tokens by min(p_old / p_rollout, this): truncated "
+                                         "importance sampling, for rollouts that round otherwise")
     kl_coef: float = option(0.0, "weight of the KL term to the model before RL")
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
-    epochs: int = option(3, "optimizer steps per batch of episodes")
+    epochs: int = option(1, "optimizer steps per batch of episodes")
     pack_tokens: int = option(512, "tokens in one pass; choose more on a GPU")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
 
@@ -229,31 +234,45 @@ def turn_advantages(episodes: Sequence[Episode], **options) -> list[list[float]]
 
 def make_rows(episodes: Sequence[Episode],
               config: GRPOConfig) -> tuple[list[Row], list[float], dict[str, float]]:
-    """Returns (rows to train, the advantage of each episode, {"no_signal": share of groups}).
+    """Returns (rows to train, the advantage of each episode, report).
 
     An episode that ended with an error of its environment is ignored, also in the mean of its
     group. So is one whose reward is not finite. A group whose advantages are all 0 has no signal.
     Tokens of advantage 0 are not trained, unless there is a KL or entropy term: these two are for
     every sampled token.
+
+    The report counts what is not trained. `no_signal`: share of the groups. `error_tokens`: sampled
+    tokens of ignored episodes. `no_signal_tokens`: the other sampled tokens that are in no row.
     """
     train_all = bool(config.kl_coef or config.entropy_coef)
     options = {"divide_by_std": config.divide_by_std, "leave_one_out": config.leave_one_out}
     usable = [i for i, e in enumerate(episodes) if e.finish != "error" and math.isfinite(e.reward)]
     played = [episodes[i] for i in usable]
-    firsts = advantages([e.reward for e in played], [e.group for e in played], **options)
-    seconds = [[0.0] * e.turns for e in played]  # for each turn
+    values = advantages([e.reward for e in played], [e.group for e in played], **options)
+    per_turn = [[0.0] * e.turns for e in played]
     if config.turn_credit:
-        seconds = turn_advantages(played, **options)
-    rows, for_log = [], [0.0] * len(episodes)
-    for number, first, second in zip(usable, firsts, seconds):
-        sums = [first + config.turn_credit * of_turn for of_turn in second]
-        per_turn = [a if a > 0 else config.negative_weight * a for a in sums]
-        rows += episode_rows(episodes[number], number, per_turn, train_all)
-        for_log[number] = first
+        per_turn = turn_advantages(played, **options)
+    rows, for_log, no_signal_tokens = [], [0.0] * len(episodes), 0
+    for number, value, of_turns in zip(usable, values, per_turn):
+        sums = [value + config.turn_credit * of_turn for of_turn in of_turns]
+        weighted = [a if a > 0 else config.negative_weight * a for a in sums]
+        rows += episode_rows(episodes[number], number, weighted, train_all)
+        for turn in sampled_turns(episodes[number]):
+            no_signal_tokens += weighted[turn] == 0 and not train_all
+        for_log[number] = value
+    ignored = [e for i, e in enumerate(episodes) if i not in usable]
     groups = {e.group for e in episodes}
-    with_signal = {e.group for e, first in zip(played, firsts) if first}
-    no_signal = 1 - len(with_signal) / len(groups) if groups else 1.0
-    return rows, for_log, {"no_signal": no_signal}
+    with_signal = {e.group for e, value in zip(played, values) if value}
+    return rows, for_log, {
+        "no_signal": 1 - len(with_signal) / len(groups) if groups else 1.0,
+        "no_signal_tokens": no_signal_tokens,
+        "error_tokens": sum(len(sampled_turns(e)) for e in ignored)}
+
+
+def sampled_turns(episode: Episode) -> list[int]:
+    """The turn of each sampled token of an episode."""
+    return [turn for segment in episode.segments
+            for turn, sampled in zip(segment.turn, segment.sampled) if sampled]
 
 
 def episode_rows(episode: Episode, number: int, per_turn: Sequence[float],
@@ -304,7 +323,8 @@ def token_weights(rows: Sequence[Row], config: GRPOConfig) -> list[float]:
 # The fast version: the same gradient, with shared prefixes computed once. A test compares the two.
 # ==================================================================================================
 
-MAX_TREE_TO_ROW = 3  # how many times the tokens of its longest row a large tree may have
+# A large tree has at most this many times the tokens of its longest row: see Tree.has_room.
+MAX_TREE_TO_ROW = 3
 
 
 class Tree:
@@ -315,6 +335,8 @@ class Tree:
     `ends` says where they end: node i lies below node j, or is j, if j <= i < ends[j]. This is all
     that attention needs to know. Rows that share nothing may be in one tree, too (it is a forest
     then): they do not see one another.
+
+    Below, the last token of both rows is their trained one. It is only a target, so it has no node.
 
     >>> tree = Tree()
     >>> for ids in ([5, 6, 7, 1], [5, 6, 8, 9, 1]):
@@ -331,12 +353,12 @@ class Tree:
         self.rows: list[tuple[Row, float, list[int]]] = []  # with its weight and its nodes
 
     def add(self, row: Row, weight: float) -> None:
-        shared, first = self.shared(row), len(self.ids)
+        shared, begin = self.shared(row), len(self.ids)
         new = row.inputs[shared:]
         self.ids += new
         self.positions += range(shared, shared + len(new))
         self.ends += [0] * len(new)
-        self.path = [*self.path[:shared], *range(first, len(self.ids))]
+        self.path = [*self.path[:shared], *range(begin, len(self.ids))]
         for node in self.path:
             self.ends[node] = len(self.ids)
         self.rows.append((row, weight, self.path))
@@ -351,9 +373,11 @@ class Tree:
     def has_room(self, row: Row, pack_tokens: int) -> bool:
         """May this row be added to the tree?
 
-        Yes, if the tree then has at most `pack_tokens` nodes. Also beyond that, if at least half of
-        the row is in the tree already. But attention costs the square of the nodes. So then the
-        tree has at most MAX_TREE_TO_ROW times the tokens of its longest row.
+        - Yes, if the tree then has at most `pack_tokens` nodes.
+        - Beyond that, yes if the tree already holds at least half of the row: computing the shared
+          half twice would cost more. But attention costs the square of the nodes. So this rule ends
+          at three times (MAX_TREE_TO_ROW) the tokens of the longest row: then a new tree is begun,
+          and it computes the prefix once more.
         """
         length, shared = len(row.inputs), self.shared(row)
         size = len(self.ids) + length - shared
@@ -382,9 +406,8 @@ class Pack:
 def make_packs(rows: Sequence[Row], config: GRPOConfig, device: torch.device | str = "cpu",
                rank: int = 0, world: int = 1) -> list[Pack]:
     """The packs of one process. All processes lay out the same trees; each takes its share."""
-    trees = make_trees(rows, config)
     # The largest first: a large one at the end would leave the other cores without work.
-    trees.sort(key=lambda tree: len(tree.ids), reverse=True)
+    trees = sorted(make_trees(rows, config), key=lambda tree: len(tree.ids), reverse=True)
     return [make_pack(tree, device) for tree in trees[rank::world]]
 
 
@@ -395,10 +418,7 @@ def make_trees(rows: Sequence[Row], config: GRPOConfig) -> list[Tree]:
     """
     ordered = sorted(zip(rows, token_weights(rows, config)), key=lambda pair: pair[0].inputs)
     if config.sequence_ratio:
-        first = {}  # place of each episode
-        for place, (row, _) in enumerate(ordered):
-            first.setdefault(row.episode, place)
-        ordered.sort(key=lambda pair: first[pair[0].episode])
+        ordered.sort(key=lambda pair: pair[0].episode)  # a stable sort: in order within each
     trees, episode = [], None
     for row, weight in ordered:
         together = config.sequence_ratio and row.episode == episode
@@ -412,25 +432,22 @@ def make_trees(rows: Sequence[Row], config: GRPOConfig) -> list[Tree]:
 def make_pack(tree: Tree, device: torch.device | str) -> Pack:
     indices, values = [], []
     for row, weight, nodes in tree.rows:
-        for position, advantage, logp in zip(row.trained, row.advantages, row.behavior_logps,
-                                             strict=True):
-            indices.append((nodes[position - 1], row.ids[position], row.episode))
+        for p, advantage, logp in zip(row.trained, row.advantages, row.behavior_logps, strict=True):
+            indices.append((nodes[p - 1], row.ids[p], row.episode))
             values.append((advantage, weight, logp))
-    source, targets, episodes = torch.tensor(indices, device=device).T.contiguous()  # [3, N]
-    values = torch.tensor(values, dtype=torch.float64, device=device)  # [N, 3]
-    advantages, weights, logps = values.T.contiguous()
+    # In the order of Pack's fields: source, targets, episodes; advantages, weights, behavior_logps.
+    indices = torch.tensor(indices, device=device).T.contiguous()  # [3, N]
+    values = torch.tensor(values, dtype=torch.float64, device=device).T.contiguous()  # [3, N]
     ids, positions, ends = torch.tensor([tree.ids, tree.positions, tree.ends], device=device)
-    return Pack(ids[None], positions[None], ends, source, targets, episodes, advantages, weights,
-                behavior_logps=logps)
+    return Pack(ids[None], positions[None], ends, *indices, *values)
 
 
 def hidden_states(model, pack: Pack) -> torch.Tensor:
     """The last hidden state [N, D] before each trained token."""
-    mask = attention_mask(pack, model.dtype)
-    states = model.base_model(input_ids=pack.ids, position_ids=pack.positions,
-                              attention_mask=mask, use_cache=False).last_hidden_state[0]  # [T, D]
+    out = model.base_model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False,
+                           attention_mask=attention_mask(pack, model.dtype))
     # Not states[source]: the backward pass of that adds up in another order each time.
-    return torch.nn.functional.embedding(pack.source, states)
+    return torch.nn.functional.embedding(pack.source, out.last_hidden_state[0])  # from [T, D]
 
 
 def attention_mask(pack: Pack, dtype: torch.dtype) -> torch.Tensor:
@@ -452,22 +469,20 @@ def attention_mask(pack: Pack, dtype: torch.dtype) -> torch.Tensor:
 def pack_loss(model, pack: Pack, config: GRPOConfig, temperature: float = 1.0):
     """(loss, Stats) of one pack: its share of the batch's loss."""
     head = model.get_output_embeddings().weight  # [V, D]
+    options = {option.name: getattr(config, option.name) for option in fields(Options)}
     return linear_policy_loss(
         hidden_states(model, pack), head, pack.targets, pack.advantages, pack.weights,
         old_logps=pack.old_logps, ref_logps=pack.ref_logps,
         behavior_logps=pack.behavior_logps if config.tis_cap else None,
         sequence_ids=pack.episodes if config.sequence_ratio else None,
-        temperature=temperature, kind=config.kind, eps_low=config.eps_low,
-        eps_high=config.eps_high, dual_clip=config.dual_clip, tis_cap=config.tis_cap,
-        kl_coef=config.kl_coef, entropy_coef=config.entropy_coef)
+        temperature=temperature, **options)
 
 
 @torch.no_grad()
 def pack_logps(model, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
     """[N], the log-probs a model gives to the trained tokens."""
-    head = model.get_output_embeddings().weight
-    states = hidden_states(model, pack)
-    return linear_logps(states, head, pack.targets, temperature=temperature)[0]
+    return linear_logps(hidden_states(model, pack), model.get_output_embeddings().weight,
+                        pack.targets, temperature=temperature)[0]
 
 
 def add_gradients(model, packs: list[Pack], config: GRPOConfig, temperature: float = 1.0) -> list:
@@ -496,9 +511,7 @@ def add_gradients(model, packs: list[Pack], config: GRPOConfig, temperature: flo
 
 def cores() -> int:
     """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def pack_gradient(model, pack: Pack, config: GRPOConfig, temperature: float):
@@ -518,12 +531,18 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
     this way the first ratio is exactly 1.
 
     `reference`: the model of the KL term. A gradient that is not finite is not applied, because it
-    would stay in Adam's averages; `skipped` counts these epochs. `largest_pack`: tokens of the
-    largest pass. With several processes, all get the same rows, and each computes its own packs.
+    would stay in Adam's averages. With several processes, all get the same rows, and each computes
+    its own packs. In the report:
+
+    largest_pack    tokens of the largest pass
+    kl_to_sampler   estimate of KL(policy that sampled || policy now), whether or not the loss has
+                    a KL term. That one (`kl_coef`) is to `reference`
+    skipped         epochs whose gradient was not finite
+    trained_tokens  those that the packs of all processes hold. If all epochs were skipped, it is 0,
+                    and `skipped_tokens` counts them
     """
     if not rows:
-        return {"loss": 0.0, "entropy": math.nan, "ratio_max": 1.0, "clipped": 0.0, "kl": math.nan,
-                "largest_pack": 0, "grad_norm": 0.0, "skipped": 0}
+        return _report([], [], trained=False) | {"grad_norm": 0.0, "skipped": 0}
     packs = make_packs(rows, config, model.device, *ranks())
     if reference is not None and config.kl_coef:
         for pack in packs:
@@ -543,23 +562,46 @@ def update(model, optimizer, rows: Sequence[Row], config: GRPOConfig, temperatur
         else:
             skipped += 1
     forget_gradients(model)
-    return {**_report(packs, results), "grad_norm": norm, "skipped": skipped}
+    counts = {"grad_norm": norm, "skipped": skipped}
+    return _report(packs, results, trained=skipped < config.epochs) | counts
 
 
-def _report(packs: list[Pack], results: list) -> dict[str, float]:
+def _report(packs: list[Pack], results: list, trained: bool) -> dict[str, float]:
     """What an epoch was like, over the packs of all processes."""
-    own = [torch.empty(5, 0)]  # a process may have no packs
+    own = [torch.empty(5, 0)]  # there may be no packs
     for pack, (_, stats) in zip(packs, results):
         columns = [stats.logps, stats.entropy, stats.ratio, stats.clipped, pack.behavior_logps]
         own.append(torch.stack([column.float() for column in columns]).cpu())  # [5, N]
-    losses = gather(sum(loss for loss, _ in results))
-    sizes = gather(max((pack.ids.numel() for pack in packs), default=0))
-    tokens = torch.cat(gather(torch.cat(own, dim=1)), dim=1)
+    tokens = torch.cat(gather(torch.cat(own, dim=1)), dim=1)  # [5, N], of all processes
     logps, entropy, ratio, clipped, behavior_logps = tokens
     gap = logps - behavior_logps  # log(policy now / policy that sampled)
-    return {"loss": sum(losses), "entropy": entropy.nanmean().item(),
-            "ratio_max": ratio.nan_to_num(1.0).max().item(), "clipped": clipped.nanmean().item(),
-            "kl": (gap.exp() - gap - 1).nanmean().item(), "largest_pack": max(sizes)}
+    return {"loss": sum(gather(sum(loss for loss, _ in results))),
+            "entropy": entropy.nanmean().item(), "clipped": clipped.nanmean().nan_to_num().item(),
+            "ratio_max": max(ratio.nan_to_num(1.0).tolist(), default=1.0),
+            "kl_to_sampler": (gap.exp() - gap - 1).nanmean().item(),
+            "largest_pack": max(gather(max((pack.ids.numel() for pack in packs), default=0))),
+            "trained_tokens": len(logps) if trained else 0,
+            "skipped_tokens": 0 if trained else len(logps)}
+
+
+def check_ledger(sampled: int, abandoned: int, report: dict[str, float]) -> None:
+    """Raise RuntimeError unless every sampled token of a step is accounted for.
+
+    Another trainer silently trained 3 of 807 sampled tokens. Here each is trained, or counted by
+    the reason why it is not. `sampled`: tokens that the rollouts sampled, `abandoned`: those of
+    them that no episode holds. `report`: those of `make_rows` and `update` together.
+
+    >>> check_ledger(9, 1, {"trained_tokens": 5, "no_signal_tokens": 2, "error_tokens": 0,
+    ...                     "skipped_tokens": 0})
+    Traceback (most recent call last):
+    RuntimeError: of 9 sampled tokens, 8 are accounted for: \
+{'trained': 5, 'no_signal': 2, 'error': 0, 'skipped': 0, 'abandoned': 1}
+    """
+    names = ("trained", "no_signal", "error", "skipped")
+    counts = {name: report[f"{name}_tokens"] for name in names} | {"abandoned": abandoned}
+    if sum(counts.values()) != sampled:
+        raise RuntimeError(f"of {sampled} sampled tokens, {sum(counts.values())} are accounted "
+                           f"for: {counts}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -697,26 +739,25 @@ def learn_bandit(improve: Callable, steps: int = 50, attempts: int = 16) -> floa
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64,
                                          num_hidden_layers=1, num_attention_heads=2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    questions = list(range(8)) * attempts  # [B], the groups
+    questions = torch.arange(8).repeat(attempts)  # [B], the groups
     for step in range(1, steps + 1):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor(questions)[:, None]).logits[:, 0]  # [B, V]
+            logits = model(input_ids=questions[:, None]).logits[:, 0]  # [B, V]
         policy = torch.distributions.Categorical(logits=logits)
         answers = policy.sample()  # [B]
-        pairs = [[question, answer] for question, answer in zip(questions, answers.tolist())]
-        rewards = [float(answer == (5 * question + 3) % 32) for question, answer in pairs]
-        found = zip(pairs, advantages(rewards, questions), policy.log_prob(answers).tolist())
-        rows = [Row(ids, [1], [advantage], [logp], episode=i)
-                for i, (ids, advantage, logp) in enumerate(found) if advantage]
+        rewards = (answers == (5 * questions + 3) % 32).float()  # [B]
+        values = advantages(rewards.tolist(), questions.tolist())
+        pairs = torch.stack([questions, answers], 1).tolist()  # [B, 2], the episodes
+        logps = policy.log_prob(answers).tolist()
+        rows = [Row(pairs[i], [1], [a], [logps[i]], episode=i) for i, a in enumerate(values) if a]
         improve(model, optimizer, rows, GRPOConfig(epochs=2))  # the second: ratios other than 1
-        success = sum(rewards) / len(rewards)
+        success = rewards.mean().item()
         if step % 10 == 0 or step == 1:
             print(f"  step {step:3}   success {success:4.0%}")
     return success
 
 
 if __name__ == "__main__":
-    print("8 questions, 32 possible answers, 16 attempts at each question in each step")
     for improve in (plain_update, update):
-        print(improve.__name__)
+        print(f"{improve.__name__}: 8 questions, 32 possible answers, 16 attempts at each")
         learn_bandit(improve)

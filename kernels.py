@@ -5,8 +5,9 @@ give logits [N, V]. With a vocabulary of 150,000, those logits and their gradien
 memory than the rest of training. But the loss wants one number per token: the log-prob of the token
 that was sampled. This file has four parts:
 
-    1  The loss of the papers, `policy_loss`, as a function of log-probs. `plain_linear_loss` adds
-       the head in the plainest way, and holds all logits. To get the idea, stop there.
+    1  The loss, as a function of log-probs. `plain_policy_loss` is the idea, in three lines: you
+       may stop there. `policy_loss` adds the options, and `plain_linear_loss` the head. It holds
+       all logits.
     2  `fused_policy_loss`: from the logits of a few tokens to their loss and its gradient, by hand.
     3  `linear_policy_loss`: all tokens, a chunk at a time (`_tokens_per_chunk`). For each chunk:
            hidden states -> logits                            product 1
@@ -64,6 +65,27 @@ LOG_LIMIT = 60.0
 # ratio has moved far enough in the direction of its advantage gets no more gradient.
 
 
+def plain_policy_loss(logps, old_logps, advantages, eps_low=0.2, eps_high=0.28):
+    """PPO's loss of each token (1707.06347). All inputs, and the result: [N].
+
+    The last token has a ratio of 2.72 and a positive advantage: its loss is clipped.
+
+    >>> logps = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    >>> old_logps, advantages = torch.tensor([-1.0, -2.0, -2.0]), torch.tensor([1.0, -1.0, 1.0])
+    >>> loss = plain_policy_loss(logps, old_logps, advantages)
+    >>> loss.sum().backward(); loss.detach(), logps.grad
+    (tensor([-1.0000,  2.7183, -1.2800]), tensor([-1.0000,  2.7183,  0.0000]))
+    """
+    ratio = (logps - old_logps).exp()
+    clipped_ratio = ratio.clamp(1 - eps_low, 1 + eps_high)
+    # The clipped ratio gives the smaller gain if the ratio has moved too far in the direction of A.
+    # It is a constant, so the token then gets no gradient.
+    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+
+
+# That is the loss. Next, its options. Each changes one line of it, or adds one.
+
+
 @dataclass(frozen=True)
 class Options:
     """The choices of `policy_loss`, and where each comes from (arXiv)."""
@@ -94,8 +116,8 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
     advantages      A
     old_logps       log p_old, the denominator of the ratio, as the first epoch computed it. None:
                     this is the first epoch, so the ratio is 1
-    behavior_logps  log p_old again, as the rollout recorded it. It may be rounded in another way.
-                    Only `tis_cap` needs it
+    behavior_logps  the same policy, measured by the rollout engine instead of the trainer: the two
+                    round differently. Only `tis_cap` needs it
     ref_logps       log-prob under the reference model. Only `kl_coef` needs it
     sequence_ids    the number of each token's sequence. All tokens of a sequence share one ratio,
                     the geometric mean of their ratios (GSPO, 2507.18071, with far narrower limits
@@ -105,14 +127,13 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
     `clipped` marks tokens that lost their gradient to clipping (clip), or whose ratio was cut
     (cispo).
 
-    >>> logps, advantages = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0])
+    >>> logps, advantages = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([1.0, -1.0, 1.0])
     >>> old_logps = torch.tensor([-1.0, -2.0, -2.0])
-    >>> loss, ratio, clipped = policy_loss(logps, None, advantages, old_logps=old_logps)
-    >>> [[round(x, 2) for x in values.tolist()] for values in (loss, ratio, clipped)]
-    [[-1.0, -1.28, 2.72], [1.0, 2.72, 2.72], [0.0, 1.0, 0.0]]
+    >>> policy_loss(logps, None, advantages, old_logps=old_logps)
+    (tensor([-1.0000,  2.7183, -1.2800]), tensor([1.0000, 2.7183, 2.7183]), tensor([0., 0., 1.]))
     """
     options = Options(**options)
-    # Detached: the ratio is then exactly 1, but its gradient is not 0. It is that of logps.
+    # exp(logps - logps.detach()) has value 1 and derivative d logps: a policy-gradient step.
     old_logps = logps.detach() if old_logps is None else old_logps
     log_ratio = logps - old_logps
     if sequence_ids is not None:
@@ -124,8 +145,6 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
 
     # The gain is what we maximise. The loss is -gain, and terms for KL and entropy.
     if options.kind == "clip":
-        # The clipped ratio gives the smaller gain if the ratio has moved too far in the direction
-        # of A. It is a constant, so the token then gets no gradient.
         gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
         too_high = (advantages > 0) & (ratio > high)
         too_low = (advantages < 0) & (ratio < low)
@@ -219,13 +238,12 @@ class Tokens(NamedTuple):
     """What is known of each token, [N] each. None: not given. See `policy_loss`."""
 
     targets: torch.Tensor  # the sampled token, an index into the vocabulary
-    weights: torch.Tensor | None = None  # factor of its loss. None: only log-probs are wanted
-    advantages: torch.Tensor | None = None
+    weights: torch.Tensor | None = None  # factor of its loss
+    advantages: torch.Tensor | None = None  # None: only log-probs and entropies are wanted
     old_logps: torch.Tensor | None = None
     behavior_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
     sequence_ids: torch.Tensor | None = None
-    slopes: torch.Tensor | None = None  # d loss / d logps, where it is known beforehand (GSPO)
 
     def at(self, index) -> "Tokens":
         """Some of the tokens."""
@@ -235,61 +253,63 @@ class Tokens(NamedTuple):
 def fused_policy_loss(logits, dlogits, tokens, options, temperature):
     """The logits of some tokens [C, V] -> weights * loss, logps, entropy, ratio, clipped: [5, C].
 
-    Writes the gradient of the logits to `dlogits` [C, V], which may be the same memory as `logits`,
-    unless `dlogits` is None. `logits` may be overwritten in any case. Without `tokens.advantages`
-    there is no loss and no ratio (NaN); the gradient then follows from `tokens.slopes`.
+    There are three ways to call it:
+        without `tokens.advantages`     log-probs and entropies; the rest of the result is NaN
+        with them, and `dlogits` None   all five
+        with them and `dlogits` [C, V]  all five, and the gradient of the logits goes to `dlogits`
+    `dlogits` may be the same memory as `logits`, which may be overwritten in any case.
     """
-    results = logits.new_full((5, len(logits)), math.nan)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton without a GPU, for the tests
     if triton and logits.dtype == torch.float32 and (logits.is_cuda or interpreted):
-        _fused_triton(logits, dlogits, results, tokens, options, temperature)
-        return results
+        return _fused_triton(logits, dlogits, tokens, options, temperature)
     # On a CPU, a few tokens at a time, so that logits and intermediate results fit its cache. On a
     # GPU without Triton, all tokens at once.
     count = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    results = []
     for begin in range(0, len(logits), count):
         part = slice(begin, begin + count)
         gradient = None if dlogits is None else dlogits[part]
-        _fused_torch(logits[part], gradient, results[:, part], tokens.at(part), options,
-                     temperature)
-    return results
+        results.append(_fused_torch(logits[part], gradient, tokens.at(part), options, temperature))
+    return torch.cat(results, dim=1)
 
 
-def _fused_torch(logits, dlogits, results, tokens, options, temperature):
+def _fused_torch(logits, dlogits, tokens, options, temperature):
     """`fused_policy_loss` in torch: the comment above, line by line, for C tokens at once.
 
-    Writes to `results` [5, C], `dlogits` and `logits`.
+    Where a line overwrites its input to save memory, the line above it says what it computes.
     """
     targets = tokens.targets[:, None]  # [C, 1]
-    # Subtract first, then divide: the difference of two logits that are close has no error.
+    # z = (logits - largest) / temperature. This order: the difference of close logits has no error.
     z = logits.sub_(logits.max(1, keepdim=True).values).div_(temperature)  # [C, V], at most 0
     z_target = z.gather(1, targets)[:, 0]  # [C]
     e = z.exp()  # [C, V]
     sum_ez = torch.linalg.vecdot(e, z)  # [C]
-    e.scatter_(1, targets, 0.0)  # from here on without the target
-    others = e.sum(1)  # [C]
-    total = others + z_target.exp()  # [C]
+    # e_others = e, but 0 at the target
+    e_others = e.scatter_(1, targets, 0.0)  # [C, V]
+    others, e_target = e_others.sum(1), z_target.exp()  # [C] each
+    total = others + e_target  # [C]
     log_total = torch.where(z_target == 0, others.log1p(), total.log())  # [C]
     # entropy = -sum p log p = -sum p (z - log_total) = log_total - sum p z, where p = e / total.
     logps, entropy = z_target - log_total, log_total - sum_ez / total  # [C] each
 
-    results[1], results[2], slopes = logps, entropy, tokens.slopes
+    losses = ratio = clipped = torch.full_like(logps, math.nan)
     if tokens.advantages is not None:
-        results[0], results[3], results[4], slopes = _losses_and_slopes(logps, entropy, tokens,
-                                                                        options)
-    if dlogits is None:
-        return
-    entropy_slopes = -options.entropy_coef * tokens.weights  # [C]
-    factor = slopes[:, None]  # [C, 1]
-    if options.entropy_coef:
-        # slope + entropy_slope (log p + entropy), where log p is z - log_total. [C, V]
-        factor = z.add_((entropy - log_total)[:, None]).mul_(entropy_slopes[:, None]).add_(factor)
-    # e becomes -p / temperature. Times the factor, it is the gradient of all logits but that of t.
-    e.mul_((-1 / (total * temperature))[:, None])
-    torch.mul(e, factor, out=dlogits)
-    # At the target: slope (1 - p_t) - entropy_slope p_t (log p_t + entropy).
-    at_target = (slopes * others - entropy_slopes * z_target.exp() * (logps + entropy)) / total
-    dlogits.scatter_(1, targets, (at_target / temperature)[:, None].to(dlogits.dtype))
+        losses, ratio, clipped, slopes = _losses_and_slopes(logps, entropy, tokens, options)
+    if dlogits is not None:
+        entropy_slopes = -options.entropy_coef * tokens.weights  # [C]
+        factor = slopes[:, None]  # [C, 1]
+        if options.entropy_coef:
+            # factor = entropy_slope (log p + entropy) + slope, where log p = z - log_total
+            z.add_((entropy - log_total)[:, None])
+            factor = z.mul_(entropy_slopes[:, None]).add_(factor)  # [C, V]
+        # scaled = -p / temperature, but 0 at the target
+        scaled = e_others.mul_((-1 / (total * temperature))[:, None])  # [C, V]
+        # dlogits = scaled * factor. At the target:
+        #     (slope (1 - p_t) - entropy_slope p_t (log p_t + entropy)) / temperature
+        torch.mul(scaled, factor, out=dlogits)
+        at_target = (slopes * others - entropy_slopes * e_target * (logps + entropy)) / total  # [C]
+        dlogits.scatter_(1, targets, (at_target / temperature)[:, None].to(dlogits.dtype))
+    return torch.stack([losses, logps, entropy, ratio, clipped])
 
 
 def _losses_and_slopes(logps, entropy, tokens, options):
@@ -335,12 +355,12 @@ def linear_policy_loss(hidden, head, targets, advantages, weights, *, old_logps=
     for example 1 / (tokens of the whole batch). `options` are those of `Options`. `temperature`
     must be the one that was sampled at, or the first ratio is not 1.
 
-    A token that cannot change the loss is dropped before any product. There are two kinds:
+    A token that cannot change the loss is dropped before any product. It may hold anything (a
+    target of -100, NaN). Its gradient is 0, and its statistics are NaN. Dropped are:
     - tokens of weight 0;
     - tokens of advantage 0, if there is no KL term and no entropy bonus. With `sequence_ids` they
       stay if another token of their sequence has an advantage other than 0.
-    A dropped token may hold anything (a target of -100, NaN). Its gradient is 0, and its statistics
-    are NaN. With `sequence_ids` all tokens of a sequence must be in the same call. Its ratio is the
+    With `sequence_ids` all tokens of a sequence must be in the same call. Its ratio is the
     geometric mean over its tokens of weight other than 0.
 
     The logits of `chunk` tokens are held at a time. Products add up in float32 at least (float64
@@ -393,10 +413,6 @@ def linear_logps(hidden, head, targets, *, temperature=1.0, chunk=None):
     return logps, entropy
 
 
-# Devices on which torch can multiply 16-bit matrices and add up in 32 bits.
-MIXED_PRODUCTS = ("cuda",)
-
-
 class ChunkedHead:
     """The three products for all tokens, a chunk at a time. Holds what comes out of them."""
 
@@ -408,13 +424,13 @@ class ChunkedHead:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
-        # Log-probs, losses and gradients are added up in float32 at least.
+        # bfloat16 on CUDA: multiply in 16 bits, add in 32. All else: everything in `wide`. That
+        # holds for float16, too: a gradient of 1e-8 underflows in it, but not in bfloat16.
         inputs = torch.promote_types(hidden.dtype, head.dtype)
         self.wide = torch.promote_types(inputs, torch.float32)
-        # float16 is widened, too: a gradient of 1e-8 underflows in it, but not in bfloat16.
-        can_mix = inputs == torch.bfloat16 and head.device.type in MIXED_PRODUCTS
-        self.dtype = torch.bfloat16 if can_mix else self.wide  # of what is multiplied
-        self.mixed = {"out_dtype": self.wide} if can_mix else {}  # for torch.mm
+        self.dtype, self.mixed = self.wide, {}  # of what is multiplied; options for torch.mm
+        if inputs == torch.bfloat16 and head.is_cuda:
+            self.dtype, self.mixed = torch.bfloat16, {"out_dtype": self.wide}
         self.hidden, self.head = hidden.detach(), head.detach().to(self.dtype)  # [N, D], [V, D]
         self.temperature, self.chunk = temperature, chunk
 
@@ -428,19 +444,21 @@ class ChunkedHead:
 
     @torch.compiler.disable
     def run(self, index, tokens, options):
-        """Visit the tokens `index` [K]. Without `tokens.weights`: for their log-probs only."""
-        dhidden, dhead = (None, None) if tokens.weights is None else (self.dhidden, self.dhead)
+        """Visit the tokens `index` [K]. Without `tokens.advantages`: for their log-probs only."""
+        dhidden, dhead = (None, None) if tokens.advantages is None else (self.dhidden, self.dhead)
+        wants_gradient = dhidden is not None or dhead is not None
         chunk = self.chunk or _tokens_per_chunk(len(index), len(self.head), self.hidden.is_cuda)
+        # All chunks use the same memory. One tensor may be both `logits` and `dlogits`, hence
+        # fused_policy_loss reads a number before it writes to it. 16 bits need another tensor.
         logits, dlogits = self._buffer(min(chunk, len(index)), self.wide), None  # [C, V]
-        if dhidden is not None or dhead is not None:
-            # A gradient of 16 bits needs memory of its own; one of 32 bits overwrites the logits.
+        if wants_gradient:
             dlogits = logits if self.dtype == self.wide else self._buffer(len(logits), self.dtype)
         # autocast would round the logits to 16 bits behind our back
         with torch.autocast(self.hidden.device.type, enabled=False):
             for begin in range(0, len(index), chunk):
                 part = index[begin : begin + chunk]  # [C]
-                logits = logits[: len(part)]  # all chunks use the same memory; the last is smaller
-                dlogits = None if dlogits is None else dlogits[: len(part)]
+                logits = logits[: len(part)]  # the last chunk is smaller
+                dlogits = dlogits[: len(part)] if wants_gradient else None
                 x = self.hidden[part].to(self.dtype)  # [C, D]
                 torch.mm(x, self.head.T, **self.mixed, out=logits)  # product 1
                 self.per_token[:, part] = fused_policy_loss(logits, dlogits, tokens.at(part),
@@ -472,15 +490,14 @@ def _tokens_per_chunk(count, vocabulary, cuda):
 
 
 def _tokens_with_signal(tokens, options):
-    """Indices [K] of the tokens that can move the loss."""
-    sampled = tokens.weights != 0
-    live = sampled & (tokens.advantages != 0)
-    if options.kl_coef or options.entropy_coef:  # these pull on every token
-        live = sampled
-    elif tokens.sequence_ids is not None:
-        # A token of advantage 0 still belongs to its sequence's ratio.
-        live = sampled & torch.isin(tokens.sequence_ids, tokens.sequence_ids[live])
-    return live.nonzero()[:, 0]
+    """Indices [K] of the tokens that can move the loss: see `linear_policy_loss`."""
+    keep = tokens.weights != 0  # [N]
+    if not options.kl_coef and not options.entropy_coef:
+        has_signal = keep & (tokens.advantages != 0)
+        if tokens.sequence_ids is not None:
+            has_signal = torch.isin(tokens.sequence_ids, tokens.sequence_ids[has_signal])
+        keep = keep & has_signal
+    return keep.nonzero()[:, 0]
 
 
 def _run_sequences(chunks, keep, tokens, options):
@@ -488,13 +505,18 @@ def _run_sequences(chunks, keep, tokens, options):
 
     The ratio of a sequence needs all of its log-probs, and the tokens of a sequence may be in
     several chunks. So no slope is known before all log-probs are. This costs one more product.
+
+    The second run has no ratio, only slopes. A token of REINFORCE has the loss
+    -weight * advantage * log p. So with the advantage -slope / weight it has the right slope.
     """
     chunks.run(keep, Tokens(tokens.targets), options)
     _, logps, entropy, _, _ = chunks.per_token[:, keep]  # [K] each
     losses, ratio, clipped, slopes = _losses_and_slopes(logps, entropy, tokens.at(keep), options)
     if chunks.dhidden is not None or chunks.dhead is not None:
-        slopes = torch.zeros_like(tokens.weights).index_copy(0, keep, slopes)  # [N]
-        chunks.run(keep, Tokens(tokens.targets, tokens.weights, slopes=slopes), options)
+        advantages = torch.zeros_like(tokens.weights)  # [N]
+        advantages[keep] = -slopes / tokens.weights[keep]
+        reinforce = Options(kind="reinforce", entropy_coef=options.entropy_coef)
+        chunks.run(keep, Tokens(tokens.targets, tokens.weights, advantages), reinforce)
     chunks.per_token[:, keep] = torch.stack([losses, logps, entropy, ratio, clipped])
 
 
@@ -549,39 +571,40 @@ def _check_lengths(tokens, count):
 # fast memory (registers) to keep all blocks until then.
 
 
-def _fused_triton(logits, dlogits, results, tokens, options, temperature):
-    """`fused_policy_loss` on a GPU. Writes to `results` [5, C] and `dlogits`."""
+def _fused_triton(logits, dlogits, tokens, options, temperature):
+    """`fused_policy_loss` on a GPU."""
     count, vocabulary = logits.shape
+    results = logits.new_full((5, count), math.nan)
     _fused_kernel[(count,)](
-        logits, dlogits, results, logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
-        count, tokens.targets, tokens.weights, tokens.advantages, tokens.old_logps,
-        tokens.behavior_logps, tokens.ref_logps if options.kl_coef else None, tokens.slopes,
-        1 / temperature, 1 - options.eps_low, 1 + options.eps_high, options.dual_clip,
-        options.tis_cap, options.kl_coef, options.entropy_coef, LOG_LIMIT, KIND=options.kind,
-        VOCABULARY=vocabulary, BLOCK=min(2048, triton.next_power_of_2(vocabulary)))
+        logits, dlogits, logits.stride(0), 0 if dlogits is None else dlogits.stride(0), *results,
+        tokens.targets, tokens.weights, tokens.advantages, tokens.old_logps, tokens.behavior_logps,
+        tokens.ref_logps if options.kl_coef else None, 1 / temperature, 1 - options.eps_low,
+        1 + options.eps_high, options.dual_clip, options.tis_cap, options.kl_coef,
+        options.entropy_coef, LOG_LIMIT, KIND=options.kind, VOCABULARY=vocabulary,
+        BLOCK=min(2048, triton.next_power_of_2(vocabulary)))
+    return results
 
 
 if triton:
     @triton.jit
-    def _fused_kernel(LOGITS, DLOGITS, RESULTS, logits_stride, dlogits_stride, count, TARGETS,
-                      WEIGHTS, ADVANTAGES, OLD_LOGPS, BEHAVIOR_LOGPS, REF_LOGPS, SLOPES, scale, low,
-                      high, dual_clip, tis_cap, kl_coef, entropy_coef, limit, KIND: tl.constexpr,
-                      VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+    def _fused_kernel(LOGITS, DLOGITS, logits_stride, dlogits_stride, LOSSES, LOGPS, ENTROPIES,
+                      RATIOS, CLIPPED, TARGETS, WEIGHTS, ADVANTAGES, OLD_LOGPS, BEHAVIOR_LOGPS,
+                      REF_LOGPS, scale, low, high, dual_clip, tis_cap, kl_coef, entropy_coef, limit,
+                      KIND: tl.constexpr, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
         """One token: sums over its logits, its loss and slope, the gradient of its logits.
 
         scale: 1 / temperature. low, high: the limits of the ratio. limit: LOG_LIMIT.
         """
         token = tl.program_id(0).to(tl.int64)  # in 32 bits, token * stride could overflow
         LOGITS += token * logits_stride
-        RESULTS += token  # the five results of a token are `count` numbers apart
         target = tl.load(TARGETS + token)
         largest, z_target, others, sum_ez = _sums(LOGITS, target, scale, VOCABULARY, BLOCK)
         e_target = tl.exp(z_target)
         total = others + e_target
         log_total = tl.where(z_target == 0, _log1p(others), tl.log(total))
         logp, entropy = z_target - log_total, log_total - sum_ez / total
-        tl.store(RESULTS + count, logp)
-        tl.store(RESULTS + 2 * count, entropy)
+        tl.store(LOGPS + token, logp)
+        tl.store(ENTROPIES + token, entropy)
 
         if ADVANTAGES is not None:
             # `policy_loss` and its slope by hand: autograd does not reach into a kernel.
@@ -595,19 +618,16 @@ if triton:
             if REF_LOGPS is not None:
                 kl, kl_slope = _k3(tl.load(REF_LOGPS + token) - logp, limit)
                 loss, slope = loss + kl_coef * kl, slope + kl_coef * kl_slope
-            slope *= weight
-            tl.store(RESULTS, weight * loss)
-            tl.store(RESULTS + 3 * count, ratio)
-            tl.store(RESULTS + 4 * count, clipped)
-        elif SLOPES is not None:
-            slope = tl.load(SLOPES + token)
+            tl.store(LOSSES + token, weight * loss)
+            tl.store(RATIOS + token, ratio)
+            tl.store(CLIPPED + token, clipped)
 
-        if DLOGITS is not None:
-            entropy_slope = -entropy_coef * tl.load(WEIGHTS + token)
-            at_target = slope * others - entropy_slope * e_target * (logp + entropy)
-            _store_gradient(LOGITS, DLOGITS + token * dlogits_stride, target, at_target / total,
-                            slope, entropy_slope, entropy, largest, log_total, scale, VOCABULARY,
-                            BLOCK)
+            if DLOGITS is not None:
+                slope, entropy_slope = weight * slope, -entropy_coef * weight
+                at_target = slope * others - entropy_slope * e_target * (logp + entropy)
+                _store_gradient(LOGITS, DLOGITS + token * dlogits_stride, target, at_target / total,
+                                slope, entropy_slope, entropy, largest, log_total, scale,
+                                VOCABULARY, BLOCK)
 
     @triton.jit
     def _sums(LOGITS, target, scale, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
@@ -615,8 +635,8 @@ if triton:
 
         z is relative to the largest logit, which is known only at the end. To find it first would
         take one more pass. So the sums are relative to the largest so far (1805.02867). When a
-        larger one comes, all earlier z move by the same step, and all earlier e by a factor:
-            sum e  ->  exp(step) * sum e        sum e z  ->  exp(step) * (sum e z + step * sum e)
+        larger one comes, all earlier z shift by the same number, and all earlier e by a factor:
+            sum e -> exp(shift) * sum e       sum e z -> exp(shift) * (sum e z + shift * sum e)
         """
         target_logit = tl.load(LOGITS + target)
         largest, others, sum_ez = target_logit, 0.0, 0.0  # both sums without the target, for now
@@ -624,9 +644,9 @@ if triton:
             column = begin + tl.arange(0, BLOCK)
             logit = tl.load(LOGITS + column, mask=column < VOCABULARY, other=float("-inf"))
             new_largest = tl.maximum(largest, tl.max(logit, 0))
-            step = (largest - new_largest) * scale  # at most 0
-            sum_ez = tl.exp(step) * (sum_ez + step * others)
-            others = tl.exp(step) * others
+            shift = (largest - new_largest) * scale  # at most 0
+            sum_ez = tl.exp(shift) * (sum_ez + shift * others)
+            others = tl.exp(shift) * others
             z = (logit - new_largest) * scale
             e = tl.where(column == target, 0.0, tl.exp(z))
             others += tl.sum(e, 0)
@@ -651,20 +671,18 @@ if triton:
     @triton.jit
     def _gain(logp, old, advantage, low, high, dual_clip, limit, KIND: tl.constexpr):
         """The gain of `policy_loss`, its slope d gain / d logp, the ratio, and clipped."""
-        step = logp - old
-        ratio = tl.exp(tl.minimum(tl.maximum(step, -limit), limit))
+        log_ratio = logp - old
+        ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -limit), limit))
         clipped_ratio = tl.minimum(tl.maximum(ratio, low), high)
         if KIND == "clip":
-            too_high = (advantage > 0) & (ratio > high)
-            too_low = (advantage < 0) & (ratio < low)
-            clipped = too_high | too_low
+            clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
             gain = tl.minimum(ratio * advantage, clipped_ratio * advantage)
             if dual_clip is not None:
                 capped = (advantage < 0) & (ratio > dual_clip)
                 gain = tl.where(capped, dual_clip * advantage, gain)
                 clipped = clipped | capped
             # d ratio / d logp = ratio. Where the gain is constant, its slope is 0.
-            slope = tl.where(clipped | (tl.abs(step) > limit), 0.0, ratio * advantage)
+            slope = tl.where(clipped | (tl.abs(log_ratio) > limit), 0.0, ratio * advantage)
         elif KIND == "cispo":
             clipped = clipped_ratio != ratio
             gain, slope = clipped_ratio * advantage * logp, clipped_ratio * advantage

@@ -115,7 +115,7 @@ def here(options, pipe) -> None:
         report = update(model, optimizer, rows, config)
         assert all(sum(e.segments[0].sampled) == TOKENS for e in episodes)
         segments = [e.segments[0] for e in episodes[::GROUP]]
-        return [s.ids[: s.sampled.index(True)] for s in segments], report["kl"]
+        return [s.ids[: s.sampled.index(True)] for s in segments], report["kl_to_sampler"]
 
     pipe.send("ready")
     for number, silent in enumerate(iter(pipe.recv, None)):

@@ -6,6 +6,7 @@ autograd: `loss_by_hand`.
 """
 
 import copy
+import doctest
 import math
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from grpo import (
     Row,
     Tree,
     advantages,
+    check_ledger,
     compute_in,
     follow_masters,
     hidden_states,
@@ -274,10 +276,12 @@ def test_turn_credit_reaches_the_tokens_of_its_turn():
 def test_blame_may_weigh_less_than_praise():
     """It changes what the tokens get. The reported advantage stays the difference to the mean."""
     rows, values, groups = make_rows([episode(1.0), episode(0.0)], GRPOConfig(negative_weight=0.1))
-    assert values == [0.5, -0.5] and groups == {"no_signal": 0.0}
+    assert values == [0.5, -0.5]
+    assert groups == {"no_signal": 0.0, "no_signal_tokens": 0, "error_tokens": 0}
     assert [r.advantages for r in rows] == [[0.5] * 2, [-0.05] * 2]
     rows, _, groups = make_rows([episode(1.0), episode(0.0)], GRPOConfig(negative_weight=0.0))
-    assert [r.advantages for r in rows] == [[0.5] * 2] and groups == {"no_signal": 0.0}
+    assert [r.advantages for r in rows] == [[0.5] * 2]
+    assert groups == {"no_signal": 0.0, "no_signal_tokens": 2, "error_tokens": 0}
 
 
 # ---- Rows and weights ----------------------------------------------------------------------------
@@ -289,10 +293,13 @@ def test_episodes_that_failed_leave_their_group():
     """
     for bad in (episode(0.0, finish="error"), episode(float("nan")), episode(float("inf"))):
         rows, values, groups = make_rows([episode(1.0), bad, episode(0.0)], GRPOConfig())
-        assert values == [0.5, 0.0, -0.5] and len(rows) == 2 and groups == {"no_signal": 0.0}
+        assert values == [0.5, 0.0, -0.5] and len(rows) == 2
+        assert groups == {"no_signal": 0.0, "no_signal_tokens": 0, "error_tokens": 2}
     alone = [episode(1.0), episode(0.0, finish="error")]
-    assert make_rows(alone, GRPOConfig()) == ([], [0.0, 0.0], {"no_signal": 1.0})
-    assert make_rows([], GRPOConfig()) == ([], [], {"no_signal": 1.0})
+    report = {"no_signal": 1.0, "no_signal_tokens": 2, "error_tokens": 2}
+    assert make_rows(alone, GRPOConfig()) == ([], [0.0, 0.0], report)
+    report = {"no_signal": 1.0, "no_signal_tokens": 0, "error_tokens": 0}
+    assert make_rows([], GRPOConfig()) == ([], [], report)
 
 
 def test_groups_without_signal_are_skipped_and_counted():
@@ -300,7 +307,8 @@ def test_groups_without_signal_are_skipped_and_counted():
     lively = [episode(1.0, 0), episode(0.0, 0)]
     dull = [episode(1.0, g) for g in (1, 1, 2, 3, 3)]
     rows, values, groups = make_rows(lively + dull, GRPOConfig())
-    assert groups == {"no_signal": 0.75} and values == [0.5, -0.5] + [0.0] * 5
+    assert groups == {"no_signal": 0.75, "no_signal_tokens": 5 * 2, "error_tokens": 0}
+    assert values == [0.5, -0.5] + [0.0] * 5
     for normaliser in ("token", "episode", "constant"):
         config = GRPOConfig(normaliser=normaliser)
         assert rows == make_rows(lively, config)[0]
@@ -312,8 +320,10 @@ def test_an_update_without_signal_changes_nothing_and_divides_by_nothing():
     model = tiny()
     watch = Watch(model)
     report = update(model, watch, [], GRPOConfig(epochs=3))
-    assert watch.seen == [] and report["loss"] == 0.0
-    assert report["grad_norm"] == 0.0 and report["skipped"] == 0
+    assert watch.seen == [] and report["loss"] == report["clipped"] == report["grad_norm"] == 0.0
+    assert report["ratio_max"] == 1.0 and report["skipped"] == report["largest_pack"] == 0
+    assert report.keys() == update(model, watch, make_rows(batch(), GRPOConfig())[0],
+                                   GRPOConfig()).keys()
 
 
 @pytest.mark.parametrize(("normaliser", "expected"), [
@@ -369,7 +379,7 @@ def test_contract_03_kl_and_entropy_reach_every_sampled_token(options):
     rows, values, groups = make_rows(episodes, config)
     sampled = [sum(map(sum, (s.sampled for s in e.segments))) for e in episodes[:-1]]
     assert sum(len(r.trained) for r in rows) == sum(sampled)
-    assert groups == {"no_signal": pytest.approx(0.8)}
+    assert groups["no_signal"] == pytest.approx(0.8) and groups["no_signal_tokens"] == 0
     assert values[4:] == [0.0] * 16 and {r.episode for r in rows} == set(range(19))
 
     expected = 0.0
@@ -427,7 +437,8 @@ def test_contract_04_ratio_is_one_before_the_first_update():
             assert (stats.logps - pack.behavior_logps).abs().max() < 1e-5
             assert (stats.ratio == 1).all()
     report = update(model, Watch(model), rows, GRPOConfig(), 0.7)
-    assert report["ratio_max"] == 1.0 and report["clipped"] == 0.0 and abs(report["kl"]) < 1e-6
+    assert report["ratio_max"] == 1.0 and report["clipped"] == 0.0
+    assert abs(report["kl_to_sampler"]) < 1e-6
 
 
 CUTS = [{}, {"sequence_ratio": True}, {"kind": "cispo", "entropy_coef": 0.1},
@@ -933,6 +944,82 @@ def test_later_epochs_compare_with_the_first(monkeypatch):
         assert old is None if i < packs else torch.allclose(old, first)
 
 
+# ---- The ledger: every sampled token is accounted for ---------------------------------------------
+
+def mixed_episodes():
+    """Two groups of two. Tokens sampled: 2 of an episode that failed, 6 of a group with signal
+    (one episode has two segments), 4 of a group of equal rewards."""
+    two = [segment([1, 2, 3, 4, 5], [0, 1, 1, 0, 1]), segment([1, 4, 7, 8], [0, 0, 1, 0])]
+    return [episode(1.0, 0, two), episode(0.0, 0), episode(0.7, 0, finish="error"),
+            episode(0.5, 1), episode(0.5, 1)]
+
+
+def test_contract_02_every_sampled_token_is_trained_or_counted_by_reason():
+    """TRL: a template strips 800 thinking tokens, and 3 of 807 sampled tokens are trained."""
+    model = tiny()
+    rows, _, counts = make_rows(mixed_episodes(), GRPOConfig())
+    report = update(model, Watch(model), rows, GRPOConfig(pack_tokens=1))
+    assert (report["trained_tokens"], report["skipped_tokens"]) == (6, 0)
+    assert (counts["no_signal_tokens"], counts["error_tokens"]) == (4, 2)
+    check_ledger(12, 0, counts | report)
+    check_ledger(15, 3, counts | report)
+    with pytest.raises(RuntimeError, match="of 807 sampled tokens, 12 are accounted for.*'trained'"):
+        check_ledger(807, 0, counts | report)
+
+
+def test_contract_02_with_an_entropy_term_every_sampled_token_is_trained():
+    model, config = tiny(), GRPOConfig(entropy_coef=0.1)
+    rows, _, counts = make_rows(mixed_episodes(), config)
+    report = update(model, Watch(model), rows, config)
+    assert (report["trained_tokens"], counts["no_signal_tokens"]) == (10, 0)
+    check_ledger(12, 0, counts | report)
+
+
+@pytest.mark.parametrize("options", [{}, {"turn_credit": 0.5}, {"negative_weight": 0.0},
+                                     {"kl_coef": 0.1}, {"sequence_ratio": True}], ids=str)
+def test_contract_02_random_batches_balance(options):
+    """Also where turns of one episode differ, so that only a part of it has signal."""
+    model, config = tiny(), GRPOConfig(**options)
+    for seed in range(3):
+        episodes = batch(seed)
+        episodes[seed].finish, episodes[5].reward = "error", math.nan
+        for e in episodes[8:]:
+            e.reward = 0.5
+        sampled = sum(sum(s.sampled) for e in episodes for s in e.segments)
+        rows, _, counts = make_rows(episodes, config)
+        report = update(model, Watch(model), rows, config, reference=tiny(1))
+        assert report["trained_tokens"] > 0 and counts["error_tokens"] > 0
+        check_ledger(sampled, 0, counts | report)
+
+
+def test_contract_02_a_lost_row_or_token_raises():
+    """What is not trained is counted in the segments. So it cannot hide what the rows lost."""
+    model, config = tiny(), GRPOConfig()
+    rows, _, counts = make_rows(mixed_episodes(), config)
+    short = replace(rows[0], trained=rows[0].trained[:-1], advantages=rows[0].advantages[:-1],
+                    behavior_logps=rows[0].behavior_logps[:-1])
+    for doctored, found in ((rows[1:], 9), ([short, *rows[1:]], 11), ([*rows, rows[1]], 13)):
+        report = update(model, Watch(model), doctored, config)
+        with pytest.raises(RuntimeError, match=f"of 12 sampled tokens, {found} are accounted"):
+            check_ledger(12, 0, counts | report)
+
+
+def test_contract_02_skipped_tokens_are_not_trained():
+    """If no epoch made a step, the tokens were not trained. One step of two is enough."""
+    model, config = tiny(), GRPOConfig(epochs=2)
+    rows, _, counts = make_rows(mixed_episodes(), config)
+    bad = replace(rows[0], advantages=[math.nan] * len(rows[0].trained))
+    report = update(model, Watch(model), [bad, *rows[1:]], config)
+    assert (report["skipped"], report["trained_tokens"], report["skipped_tokens"]) == (2, 0, 6)
+    check_ledger(12, 0, counts | report)
+    norms = [torch.tensor(math.nan), torch.tensor(1.0)]
+    with mock.patch.object(torch.nn.utils, "clip_grad_norm_", side_effect=norms):
+        report = update(model, Watch(model), rows, config)
+    assert (report["skipped"], report["trained_tokens"], report["skipped_tokens"]) == (1, 6, 0)
+    report = update(model, Watch(model), [], config)
+    assert (report["trained_tokens"], report["skipped_tokens"]) == (0, 0)
+
+
 # ---- The optimizer -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -1030,7 +1117,7 @@ def test_rotary_frequencies_stay_in_float32():
 def test_layers_may_be_computed_again(pack_tokens):
     """The gradient is the same, bit for bit, and what is kept for it is less."""
     rows, _, _ = make_rows(batch(17), GRPOConfig())
-    config, seen, peaks = GRPOConfig(pack_tokens=pack_tokens), [], []
+    config, seen, peaks = GRPOConfig(epochs=3, pack_tokens=pack_tokens), [], []
     for again in (False, True):
         model = wide()
         if again:
@@ -1177,7 +1264,8 @@ def test_a_perfectible_set_is_perfected(options, dtype):
 
     Six questions, 12 answers.
     """
-    model, config = tiny(dtype=torch.float32), GRPOConfig(entropy_coef=0.01, **options)
+    model = tiny(dtype=torch.float32)
+    config = GRPOConfig(entropy_coef=0.01, **{"epochs": 3, **options})
     compute_in(model, dtype)
     optimizer = torch.optim.AdamW(masters(model), lr=5e-3, weight_decay=0.0)
     questions = torch.arange(6)
@@ -1198,6 +1286,12 @@ def test_a_perfectible_set_is_perfected(options, dtype):
                     for q, row in enumerate(answers.tolist()) for a in row]
         update(model, optimizer, make_rows(episodes, config)[0], config)
     assert before < 0.3 and success() > 0.95
+
+
+def test_examples_in_the_docstrings():
+    """What the docstrings show is what happens."""
+    result = doctest.testmod(grpo)
+    assert result.attempted >= 10 and result.failed == 0
 
 
 def test_the_demo_runs_with_nothing_but_the_kernels(tmp_path):

@@ -16,7 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import linear_logps, linear_policy_loss, plain_linear_loss, policy_loss
+from kernels import (
+    linear_logps,
+    linear_policy_loss,
+    plain_linear_loss,
+    plain_policy_loss,
+    policy_loss,
+)
 
 N, D, V = 13, 6, 19
 NAN = float("nan")
@@ -127,6 +133,21 @@ def test_contract_12_fused_equals_the_plain_version_of_the_file(name):
     plain, (fused, _) = plain_linear_loss(*args, **options), linear_policy_loss(*args, **options, chunk=5)
     torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(gradients(fused, args), gradients(plain, args), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("limits", [{}, {"eps_low": 0.05, "eps_high": 0.4}])
+def test_contract_12_policy_loss_is_the_plain_one(limits):
+    """Without options, `policy_loss` is the three lines above it: same bits, slopes included."""
+    (*_, advantages, _), given = batch(200)
+    found = []
+    for name in ("plain", "with options"):
+        logps = (given["old_logps"] + given["ref_logps"] - given["behavior_logps"]).requires_grad_()
+        if name == "plain":
+            losses = plain_policy_loss(logps, given["old_logps"], advantages, **limits)
+        else:
+            losses, _, clipped = policy_loss(logps, None, advantages, old_logps=given["old_logps"], **limits)
+        found.append((losses, *torch.autograd.grad(losses.sum(), logps)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and 0.1 < clipped.mean() < 0.9
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (2, 1, 257), (40, 33, 5), (5, 4, 300)])

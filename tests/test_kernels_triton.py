@@ -25,13 +25,12 @@ def test_contract_12_in_the_interpreter():
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-3000:]
 
 
-NO_OPTIONS = dict.fromkeys(("OLD_LOGPS", "BEHAVIOR_LOGPS", "REF_LOGPS", "dual_clip", "tis_cap", "SLOPES"))
+NO_OPTIONS = dict.fromkeys(("OLD_LOGPS", "BEHAVIOR_LOGPS", "REF_LOGPS", "dual_clip", "tis_cap"))
 LAUNCHES = {  # what is None, or a constant, in each way to call the kernel
-    "everything": {"SLOPES": None},
-    "cispo": {"SLOPES": None, "KIND": "cispo"},
+    "everything": {},
+    "cispo": {"KIND": "cispo"},
     "first update": NO_OPTIONS | {"KIND": "reinforce"},
     "log-probs only": NO_OPTIONS | {"DLOGITS": None, "WEIGHTS": None, "ADVANTAGES": None},
-    "sequence ratios": {name: None for name in NO_OPTIONS if name != "SLOPES"} | {"ADVANTAGES": None},
 }
 
 
@@ -43,8 +42,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, launch):
     from triton.compiler import ASTSource
     kernel = kernels._fused_kernel
     constants = {"VOCABULARY": 151936, "KIND": "clip", "BLOCK": 2048} | LAUNCHES[launch]
-    types = {"DLOGITS": "*bf16", "TARGETS": "*i64", "logits_stride": "i64", "dlogits_stride": "i64",
-             "count": "i32"}
+    types = {"DLOGITS": "*bf16", "TARGETS": "*i64", "logits_stride": "i64", "dlogits_stride": "i64"}
     signature = {}
     for name in kernel.arg_names:
         default = "*fp32" if name.isupper() else "fp32"

@@ -101,6 +101,7 @@ GRADIENTS = {"seven packs": {"pack_tokens": 21},
              "every episode the same": {"pack_tokens": 100, "normaliser": "episode"},
              "one ratio per episode": {"pack_tokens": 21, "sequence_ratio": True},
              "cispo and entropy": {"pack_tokens": 21, "kind": "cispo", "entropy_coef": 0.1}}
+GRADIENTS = {case: {"epochs": 3, **options} for case, options in GRADIENTS.items()}
 ALONE = "one pack, so one process has none"
 
 
@@ -127,10 +128,10 @@ def updates(dtype=torch.float64):
     if dtype == torch.float32:
         return {"seven packs": updated(GRPOConfig(**GRADIENTS["seven packs"]), many, dtype)}
     out = {name: updated(GRPOConfig(**options), many) for name, options in GRADIENTS.items()}
-    out[ALONE] = updated(GRPOConfig(kind="reinforce"), many[:1])
+    out[ALONE] = updated(GRPOConfig(epochs=3, kind="reinforce"), many[:1])
     first = replace(many[0], advantages=[float("nan")] * len(many[0].trained))
     broken = [first, *many[1:]]
-    return out | {"not finite": updated(GRPOConfig(pack_tokens=1), broken)}
+    return out | {"not finite": updated(GRPOConfig(epochs=3, pack_tokens=1), broken)}
 
 
 def two_processes():
@@ -226,7 +227,9 @@ def test_the_cases_are_what_they_are_called():
 def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(computed):
     """Else their weights part for ever."""
     gradients, report, weights = computed[2, torch.float64]["not finite"]
-    assert gradients == [] and report["skipped"] == 3
+    assert gradients == [] and report["skipped"] == 3 and report["trained_tokens"] == 0
+    expected = computed[1, torch.float64]["seven packs"][1]["trained_tokens"]
+    assert report["skipped_tokens"] == expected > 0  # those of both processes
     assert distance(weights.values(), tiny().state_dict().values()) == (0.0, 0.0)
 
 

@@ -71,7 +71,8 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     metrics = lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     wanted = {"seconds", "reward", "success", "success/calculator:digits=1", "reward_std", "no_signal", "entropy", "ratio_max", "clipped",
-              "kl", "grad_norm", "lr", "turns", "tool_calls", "tool_errors", "sampled_tokens", "context_tokens", "tokens_per_second",
+              "kl_to_sampler", "grad_norm", "lr", "turns", "tool_calls", "tool_errors", "sampled_tokens", "context_tokens",
+              "tokens_per_second", "trained_tokens", "no_signal_tokens", "error_tokens", "skipped_tokens",
               "behaviour/calculator:digits=1/calls"}
     assert wanted <= set(metrics[0])
     summary = json.loads((run / "summary.json").read_text())

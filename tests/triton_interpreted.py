@@ -115,7 +115,14 @@ def mixed_products(monkeypatch):
     library.impl("mm.dtype", mm, "CPU")
     library.impl("mm.dtype_out", mm_out, "CPU")
     library.impl("addmm.dtype_out", addmm, "CPU")
-    monkeypatch.setattr(kernels, "MIXED_PRODUCTS", ("cpu",))
+    init = kernels.ChunkedHead.__init__
+
+    def init_as_on_a_gpu(self, hidden, head, *rest):
+        init(self, hidden, head, *rest)
+        if hidden.dtype == torch.bfloat16:
+            self.dtype, self.mixed, self.head = torch.bfloat16, {"out_dtype": self.wide}, head.detach()
+
+    monkeypatch.setattr(kernels.ChunkedHead, "__init__", init_as_on_a_gpu)
     yield
     library._destroy()
 
