@@ -51,11 +51,13 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from dataclasses import dataclass, field, replace
-from itertools import count, groupby
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import accumulate, count, groupby
 from random import Random
 from traceback import format_exception
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -472,7 +474,7 @@ class WrittenCall:
     arguments: str
 
     def as_json(self) -> str:
-        return f'{{"name": {json.dumps(self.name)}, "arguments": {self.arguments}}}'
+        return f'{{"name": {json.dumps(self.name)}, "arguments": {self.arguments or "{}"}}}'
 
 
 @dataclass
@@ -555,7 +557,7 @@ class Chat:
 
     def conversation(self, messages: list[ChatMessage], schemas: list[dict]) -> list[int]:
         """Ids of tools and messages, up to the header of the policy's next message."""
-        messages = self._for_template(messages)
+        messages, schemas = self._for_template(messages), self._plain_parts(schemas)
         if schemas and not self._shows_tools:
             functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in schemas]
             text = INSTRUCTIONS % "\n".join(functions)
@@ -608,7 +610,7 @@ class Chat:
         So `<|im_end|>` in the result of a tool stays letters, and cannot end a message. Nothing
         else changes: the template trims and quotes as always, and harmless text keeps its ids.
         """
-        text = text.replace(CUT, "").replace(MARK, "")
+        text = _text(text).replace(CUT, "").replace(MARK, "")
         cut = text
         for token in self._control.values():
             cut = cut.replace(token, token[0] + CUT + token[1:])
@@ -617,6 +619,16 @@ class Chat:
         if may_be_left and self._control.keys() & self._encode(cut):
             return CUT.join(text)
         return cut
+
+    def _plain_parts(self, value: Any) -> Any:
+        """`plain` for all texts in some JSON."""
+        if isinstance(value, str):
+            return self.plain(value)
+        if isinstance(value, list):
+            return [self._plain_parts(item) for item in value]
+        if isinstance(value, dict):
+            return {self.plain(key): self._plain_parts(item) for key, item in value.items()}
+        return value
 
     def _find_end(self) -> int:
         """The first control token that the template puts after an assistant's message."""
@@ -634,14 +646,17 @@ class Chat:
         return ids
 
     def _render(self, messages: list[dict], **options) -> str:
-        return self.tokenizer.apply_chat_template(messages, chat_template=self._template,
-                                                  tokenize=False, **options)
+        try:
+            return self.tokenizer.apply_chat_template(messages, chat_template=self._template,
+                                                      tokenize=False, **options)
+        except (TypeError, ValueError, LookupError) as e:  # templates compute, and may fail
+            raise TemplateError(str(e)) from e
 
     def _try(self, messages: list[dict], **options) -> str:
         """The rendered messages; "" if the template refuses them, which it does by raising."""
         try:
             return self._render(messages, **options)
-        except (TemplateError, TypeError, ValueError, LookupError):
+        except TemplateError:
             return ""
 
 
@@ -660,7 +675,7 @@ class ChatRequest:
     messages: list[ChatMessage]
     tools: list[dict]  # schemas
     number: int = 1  # of messages that should be sampled, independently
-    max_tokens: int | None = None
+    max_tokens: int = 10**9
     temperature: float = 1.0  # only used when a finished model is served
 
 
@@ -676,8 +691,12 @@ class Reply:
     malformed: bool = False  # cut, empty, or with a call that is wrong
 
 
-class RequestError(ValueError):
-    """What is wrong with a request, in words for whoever wrote the agent."""
+class RequestError(Exception):
+    """What is wrong with a request, in words for whoever wrote the agent, and the HTTP status."""
+
+    def __init__(self, reason: str, status: int = 400):
+        super().__init__(reason)
+        self.status = status
 
 
 def read_request(body: Any) -> ChatRequest:
@@ -686,85 +705,85 @@ def read_request(body: Any) -> ChatRequest:
     >>> read_request({"messages": [{"role": "user", "content": "Hi"}]}).messages
     [ChatMessage(role='user', text='Hi', calls=[])]
     """
-    if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-        raise RequestError("the body must be a JSON object with a list of messages")
-    messages = [_read_message(message) for message in body["messages"]]
-    if not messages:
-        raise RequestError("messages must not be empty")
-    number = _read_number(body, "n", 1, 16)
-    limits = [_read_number(body, name, 10**9, 10**9)
-              for name in ("max_tokens", "max_completion_tokens")]
-    temperature = body.get("temperature")
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < 100:
-        temperature = 1.0
-    return ChatRequest(messages, _read_tools(body), number, min(limits), float(temperature))
+    messages = [_read_message(message) for message in _member(body, "messages", list)]
+    tools = [_read_tool(tool) for tool in _member(body, "tools", list, [])]
+    number = _member(body, "n", int, 1)
+    most = min(_member(body, name, int, 10**9) for name in ("max_tokens", "max_completion_tokens"))
+    temperature = _member(body, "temperature", (int, float), 1.0)
+    if not messages or not 1 <= number <= 16 or most < 1 or not 0 <= temperature <= 100:
+        raise RequestError("want at least one message, n from 1 to 16, max_tokens of at least 1, "
+                           "and a temperature from 0 to 100")
+    return ChatRequest(messages, tools, number, most, float(temperature))
 
 
-def _read_number(body: dict, name: str, default: int, most: int) -> int:
-    value = default if body.get(name) is None else body[name]
-    if type(value) is not int or not 1 <= value <= most:
-        raise RequestError(f"{name} must be a whole number from 1 to {most}")
+def _member(found: Any, name: str, kind: type | tuple, default: Any = None) -> Any:
+    """A member of a JSON object, which must be of this kind. Null is as good as missing."""
+    value = found.get(name) if isinstance(found, dict) else None
+    value = default if value is None else value
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RequestError(f'"{name}" is missing, or is not of the right kind')
     return value
 
 
-def _read_tools(body: dict) -> list[dict]:
-    tools = []
-    for tool in body.get("tools") or []:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RequestError('each tool must be {"type": "function", "function": {"name": ...}}')
-        parameters = function.get("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise RequestError("the parameters of a function must be a JSON object")
-        described = {"name": function["name"], "description": str(function.get("description", "")),
-                     "parameters": {"type": "object", "properties": {}, **parameters}}
-        tools.append({"type": "function", "function": described})
-    return tools
+def _read_tool(tool: Any) -> dict:
+    function = _member(tool, "function", dict)
+    parameters = _member(function, "parameters", dict, {})
+    parameters = {"type": "object", "properties": {}, **parameters}
+    _check_schema(parameters)
+    return {"type": "function", "function": {
+        "name": _member(function, "name", str),
+        "description": _member(function, "description", str, ""), "parameters": parameters}}
+
+
+def _check_schema(spec: Any) -> None:
+    """Raise RequestError unless this has the form of a JSON schema, as far as `parse` reads it."""
+    kinds = {"properties": dict, "items": dict, "anyOf": list, "enum": list, "required": list,
+             "type": (str, list)}
+    if not isinstance(spec, dict) or not all(isinstance(spec[name], kind)
+                                             for name, kind in kinds.items() if name in spec):
+        raise RequestError("the parameters of a tool must be a JSON schema")
+    if not all(isinstance(name, str) for name in spec.get("required", [])):
+        raise RequestError('"required" must be a list of names')
+    items = [spec["items"]] if "items" in spec else []
+    for inner in [*spec.get("properties", {}).values(), *spec.get("anyOf", []), *items]:
+        _check_schema(inner)
 
 
 def _read_message(message: Any) -> ChatMessage:
-    if not isinstance(message, dict):
-        raise RequestError("a message must be a JSON object")
-    role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+    role = _member(message, "role", str)
+    role = "system" if role == "developer" else role
     if role not in ("system", "user", "assistant", "tool"):
-        raise RequestError(f"a message cannot have the role {role!r}")
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [content or ""]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise RequestError("the content of a message must be text")
-    calls = [_read_call(call) for call in message.get("tool_calls") or []]
-    return ChatMessage(role, _text("\n".join(texts)), calls)
+        raise RequestError(f"a message cannot have the role {role[:40]!r}")
+    content = message.get("content") or ""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part if isinstance(part, str) else _member(part, "text", str) for part in parts]
+    calls = [_read_call(call) for call in _member(message, "tool_calls", list, [])]
+    return ChatMessage(role, "\n".join(texts), calls)
 
 
 def _read_call(call: Any) -> WrittenCall:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RequestError('a tool call must be {"function": {"name": ..., "arguments": ...}}')
+    function = _member(call, "function", dict)
     arguments = function.get("arguments") or ""
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments)
-    return WrittenCall(_text(function["name"]), _text(arguments))
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return WrittenCall(_member(function, "name", str), arguments)
 
 
-def conversation_keys(request: ChatRequest) -> list[str]:
-    """A key for each beginning of the conversation: no message, the first one, the first two, ...
+def conversation_key(before: str, message: ChatMessage) -> str:
+    """A key for a conversation, from the key of all before its last message.
 
     Two messages are the same if role, text, tools and parsed arguments are. Ids and spacing are
     not compared.
     """
-    keys = [json.dumps(request.tools, sort_keys=True)]
-    for message in request.messages:
-        calls = [(call.name, _parsed(call.arguments)) for call in message.calls]
-        same = json.dumps([keys[-1], message.role, message.text, calls], sort_keys=True)
-        keys.append(hashlib.sha256(same.encode("utf-8", "replace")).hexdigest())
-    return keys
+    calls = [(call.name, _parsed(call.arguments)) for call in message.calls]
+    same = json.dumps([before, message.role, message.text, calls], sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()
 
 
 def _parsed(arguments: str) -> Any:
     """The JSON, or the text if it is none."""
     try:
-        return json.loads(arguments)
+        return json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         return arguments
 
@@ -800,7 +819,9 @@ class Recorder:
 
     async def sample(self, request: ChatRequest, temperature: float, turn: int) -> Reply:
         """One message. Without room for it the reply is empty, and nothing is recorded."""
-        known, new_ids = self._find(request)
+        tools = json.dumps(request.tools, sort_keys=True)
+        keys = list(accumulate(request.messages, conversation_key, initial=tools))
+        known, new_ids = self._find(request, keys)
         ids = (known.segment.ids[: known.end] if known else []) + new_ids
         if len(ids) > self.max_input:
             return Reply(ChatMessage("assistant", ""), finish="length", prompt_tokens=len(ids))
@@ -810,19 +831,17 @@ class Recorder:
         prompt = hashlib.sha256(str(ids).encode()).hexdigest()
         rng = Random(f"{self.seed} {prompt} {self.asked[prompt]}")
         self.asked[prompt] += 1
-        limit = min(self.max_new_tokens, request.max_tokens or self.max_new_tokens)
-        out = await self.llm.generate(ids, limit, rng=rng, temperature=temperature)
+        out = await self.llm.generate(ids, min(self.max_new_tokens, request.max_tokens), rng=rng,
+                                      temperature=temperature)
         segment.extend(out.ids, turn, out.logps)
         reply = self._reply(out, request.tools)
         reply.prompt_tokens, reply.sampled_tokens = len(ids), len(out.ids)
-        longer = replace(request, messages=[*request.messages, reply.message])
-        key = conversation_keys(longer)[-1]
+        key = conversation_key(keys[-1], reply.message)
         self.recorded[key].append(Recorded(segment, len(segment.ids)))
         return reply
 
-    def _find(self, request: ChatRequest) -> tuple[Recorded | None, list[int]]:
+    def _find(self, request: ChatRequest, keys: list[str]) -> tuple[Recorded | None, list[int]]:
         """The longest recorded beginning of a conversation, and the ids of what follows it."""
-        keys = conversation_keys(request)
         for length in range(len(request.messages), 0, -1):
             if found := self.recorded.get(keys[length]):
                 # Of several, take one that a request can still continue.
@@ -833,7 +852,8 @@ class Recorder:
 
     def _segment(self, known: Recorded | None, new_ids: list[int], turn: int) -> Segment:
         """The segment that the message goes to, with all tokens before the message."""
-        if known and known.is_last:
+        # Without new ids the end would stay free, and a second request could write there, too.
+        if known and known.is_last and new_ids:
             known.segment.extend(new_ids, turn)
             return known.segment
         segment = Segment()
@@ -858,12 +878,13 @@ class Recorder:
 def _written(call: Call | CallError) -> WrittenCall:
     """A call as an API sends it. Of one that is wrong, the agent gets what the policy wrote."""
     if isinstance(call, Call):
-        return WrittenCall(call.name, json.dumps(call.arguments, ensure_ascii=False))
+        return WrittenCall(call.name, _text(json.dumps(call.arguments, ensure_ascii=False)))
     found = _parsed(call.written)
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
-        name = re.search(r'"name":\s*"(\w+)"', call.written)
-        return WrittenCall(name[1] if name else "unknown", call.written)
-    return WrittenCall(_text(found["name"]), json.dumps(found.get("arguments")))
+    if isinstance(found, dict) and isinstance(found.get("name"), str) and "arguments" in found:
+        arguments = json.dumps(found["arguments"], ensure_ascii=False)
+        return WrittenCall(_text(found["name"]), _text(arguments))
+    name = re.search(r'"name":\s*"(\w+)"', call.written)
+    return WrittenCall(name[1] if name else "unknown", call.written)
 
 
 class OutsideAgent(Agent):
@@ -873,16 +894,14 @@ class OutsideAgent(Agent):
     functions without `final_answer`. `base_url` belongs to this episode. A text that `solve`
     returns is the final answer.
     endpoint: the server (rollout.Endpoint).
+    idle_timeout: seconds without a message of the policy and without the end of a tool call.
 
-    If `solve` raises, or does nothing for `idle_timeout` seconds, this is the policy's fault if its
-    last message was malformed or a budget was spent, and no fault once the task is over. In these
-    cases the episode keeps its reward. Else the agent's code is wrong: the episode ends with an
-    error.
-
+    If `solve` raises, or is idle for too long, this is the policy's fault if its last message was
+    malformed or a budget was spent, and no fault once the task is over. In these cases the episode
+    keeps its reward. Else the agent's code is wrong: the episode ends with an error.
     """
 
-    def __init__(self, solve: Callable, endpoint, *args, idle_timeout: float = 60.0,
-                 **options):
+    def __init__(self, solve: Callable, endpoint, *args, idle_timeout: float = 60.0, **options):
         super().__init__(*args, workflow=OutsideAgent._solve, **options)
         self.solve, self.endpoint, self.idle_timeout = solve, endpoint, idle_timeout
         self.demonstrator: Generator | None = None
@@ -894,41 +913,48 @@ class OutsideAgent(Agent):
                                  max_new_tokens=self.max_new_tokens, context=self.context,
                                  seed=self.rng.getrandbits(64))
         self.is_over, self.spent, self.malformed = False, "", False
-        self.requests: set[asyncio.Task] = set()  # that wait for a reply
+        self.requests: set[asyncio.Task] = set()  # that wait for the policy
+        self.tasks: WeakSet[asyncio.Task] = WeakSet()  # of the agent
         self.failed = asyncio.get_running_loop().create_future()
         self.last_sign = time.monotonic()  # of life
 
     async def answer(self, request: ChatRequest) -> list[Reply]:
         """Reply to a request of the agent, which the endpoint received."""
-        self.requests.add(asyncio.current_task())
         try:
-            return await asyncio.gather(*[self._answer(request) for _ in range(request.number)])
-        except TemplateError as e:
-            raise RequestError(f"the model's chat template refuses these messages: {e}") from e
-        except Exception as e:  # of the LLM or the environment: `_solve` raises it
-            if not self.failed.done():
+            if await self._is_done() or self.is_over:
+                return [Reply(ChatMessage("assistant", "The task is over."))] * request.number
+            self.requests.add(asyncio.current_task())
+            # One after the other, so that the first message has the first random numbers.
+            turns = [await self._begin_turn() for _ in range(request.number)
+                     if self.episode.turns < self.max_turns]
+            replies = await asyncio.gather(*[self._sample(request, turn) for turn in turns])
+        except (TemplateError, RecursionError) as e:
+            raise RequestError(f"no prompt can be made of these messages: {e}") from e
+        except Exception as e:  # of the LLM or the environment: `_result` raises it
+            if not (self.failed.done() or self.is_over):
                 self.failed.set_exception(e)
             raise
         finally:
             self.requests.discard(asyncio.current_task())
-            self.last_sign = time.monotonic()
+        missing = request.number - len(turns)
+        self.spent = "max_turns" if missing else self.spent
+        return replies + [Reply(ChatMessage("assistant", ""), finish="length")] * missing
 
-    async def _answer(self, request: ChatRequest) -> Reply:
-        if self.is_over or await self._ask("done", lambda: bool(self.env.done)):
-            return Reply(ChatMessage("assistant", "The task is over."))
-        if self.episode.turns >= self.max_turns:
-            self.spent = "max_turns"
-            return Reply(ChatMessage("assistant", ""), finish="length")
-        turn = await self._begin_turn()
+    async def _sample(self, request: ChatRequest, turn: int) -> Reply:
         if self.demonstrator:
             self.recorder.llm = Script(self.chat, [self._recite(request)])
         reply = await self.recorder.sample(request, self.temperature, turn)
         if not reply.sampled_tokens:
             self.spent = "context"
+            return reply
+        self.last_sign = time.monotonic()
         self.malformed = reply.malformed
         self.episode.thinking += len(reply.thinking.split())
         self.episode.tool_calls += len(reply.message.calls)
         return reply
+
+    async def _is_done(self) -> bool:
+        return await self._ask("done", lambda: bool(self.env.done))
 
     def recite(self, demonstrator: Generator) -> None:
         """Let a generator write the messages, in the place of the LLM.
@@ -959,23 +985,33 @@ class OutsideAgent(Agent):
                 answer = await self._result(job)
             finally:
                 self.is_over = True
-                for task in [job, *self.requests]:
+                tools.clear()  # a late call finds no tool
+                running = [task for task in [job, *self.tasks, *self.requests] if not task.done()]
+                for task in running:
                     task.cancel()
                 self._drop_unanswered()
+            if not running:  # so nothing of this agent will ask at the URL of another episode
+                self.endpoint.free_urls.append(url)
         await self._hand_in(answer)
 
     def _start_solving(self, tools: list[Callable], url: str) -> asyncio.Future:
+        """Starts the agent's code. The future gets (what it returns, what it raises)."""
+        task = self.episode.task
+
         async def in_loop():
+            asyncio.get_running_loop().set_task_factory(_make_task)
+            OWN_TASKS.set(self.tasks)
             try:
-                return await self.solve(self.episode.task, tools, url)
-            except SystemExit as e:  # it would end the event loop
-                raise RuntimeError(describe(e)) from e
+                return await self.solve(task, tools, url), None
+            # SystemExit would end the event loop.
+            except (Exception, SystemExit, asyncio.CancelledError) as e:
+                return None, e
 
         def in_own_thread():
             try:
-                return self.solve(self.episode.task, tools, url)
-            except SystemExit as e:
-                raise RuntimeError(describe(e)) from e
+                return self.solve(task, tools, url), None
+            except BaseException as e:
+                return None, e
 
         if inspect.iscoroutinefunction(self.solve):
             return asyncio.ensure_future(in_loop())
@@ -983,26 +1019,24 @@ class OutsideAgent(Agent):
 
     async def _result(self, job: asyncio.Future) -> Any:
         """What the agent returns. None if it fails and this is not its own fault."""
-        while not job.done():
+        while not (job.done() or self.failed.done() or self._is_idle()):
             await asyncio.wait({job, self.failed}, timeout=self.idle_timeout / 4,
                                return_when=asyncio.FIRST_COMPLETED)
-            if self.failed.done():
-                raise self.failed.exception()
-            idle = time.monotonic() - self.last_sign
-            if not job.done() and not self.requests and idle > self.idle_timeout:
-                return await self._excuse(f"no sign of life for {self.idle_timeout:g} s", "")
-        if job.cancelled():
-            return await self._excuse("it was cancelled", "")
-        if error := job.exception():
-            return await self._excuse(describe(error), "".join(format_exception(error)))
-        return job.result()
+        if self.failed.done():
+            raise self.failed.exception()
+        error = TimeoutError(f"no sign of life for {self.idle_timeout:g} s")
+        if job.done():
+            answer, error = job.result()
+            if error is None:
+                return answer
+        if self.spent or self.malformed or await self._is_done():
+            return None
+        trace = "".join(format_exception(error))
+        self.endpoint.say_once("failure", f"the agent's own code failed:\n{trace}")
+        raise AgentFailure(f"agent: {describe(error)}")
 
-    async def _excuse(self, reason: str, details: str) -> None:
-        """Raise AgentFailure, unless the policy or the end of the task is the reason."""
-        if self.spent or self.malformed or await self._ask("done", lambda: bool(self.env.done)):
-            return
-        self.endpoint.say_once("failure", f"the agent's own code failed: {reason}\n{details}")
-        raise AgentFailure(f"agent: {reason}")
+    def _is_idle(self) -> bool:
+        return not self.requests and time.monotonic() - self.last_sign > self.idle_timeout
 
     def _drop_unanswered(self) -> None:
         """Remove the segments of requests that were cancelled before their message was complete."""
@@ -1011,19 +1045,32 @@ class OutsideAgent(Agent):
 
     async def _hand_in(self, answer: Any) -> None:
         episode = self.episode
-        if await self._ask("done", lambda: bool(self.env.done)):
+        if await self._is_done():
             episode.finish = "env_done"
         elif isinstance(answer, str) and "final_answer" in self.tools:
             call = Call("final_answer", {"answer": _text(answer)})
             [observation] = await run_calls([call], self.tools, timeout=self.tool_timeout)
-            self._count(observation)
-            if await self._ask("done", lambda: bool(self.env.done)):
+            episode.tool_errors += observation.error
+            if await self._is_done():
                 episode.finish = "answered"
         episode.finish = episode.finish or self.spent
 
     def _count(self, observation: Observation) -> None:
-        self.episode.tool_errors += observation.error
-        self.last_sign = time.monotonic()
+        if not self.is_over:
+            self.episode.tool_errors += observation.error
+            self.last_sign = time.monotonic()
+
+
+# The asyncio tasks that an agent starts, and that these start: each inherits this variable.
+OWN_TASKS: ContextVar[WeakSet | None] = ContextVar("own tasks", default=None)
+
+
+def _make_task(loop: asyncio.AbstractEventLoop, coroutine, **options) -> asyncio.Task:
+    """Make a task, as asyncio does, and note whose it is."""
+    task = asyncio.Task(coroutine, loop=loop, **options)
+    if (own := OWN_TASKS.get()) is not None:
+        own.add(task)
+    return task
 
 
 # --------------------------------------------------------------------------------------------------

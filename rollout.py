@@ -792,8 +792,8 @@ def play(starts: list[Callable[[], Coroutine]], at_once: int, engine: Engine | N
 # The endpoint: agents written elsewhere ask the engine over HTTP, as they would ask OpenAI
 
 MOST_BYTES = 4_000_000  # of a request's body
-MOST_CONNECTIONS = 1024
-MOST_SECONDS = 30.0  # to send a request
+MOST_CONNECTIONS = 256
+MOST_SECONDS = 30.0  # to send a request, and to read the response
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -807,8 +807,8 @@ class Endpoint:
     """An OpenAI-compatible server: POST .../chat/completions and GET .../models.
 
     It listens on this machine only, unless `host` says otherwise. Each open session has a URL that
-    nobody can guess. A URL is used again after its session has ended without an error, because some
-    clients are slow to make for a new URL.
+    nobody can guess. A URL is used again if its agent has ended and left nothing running, because
+    some clients are slow to make for a new URL.
 
     Use it in `async with`, in the event loop of the agents. Each connection takes one request:
     a client must not keep a connection for the next event loop.
@@ -818,12 +818,16 @@ class Endpoint:
         self.listening = socket.create_server((host, port), backlog=MOST_CONNECTIONS)
         self.address = f"http://{host}:{self.listening.getsockname()[1]}"
         self.hosts = {f"{name}:{self.listening.getsockname()[1]}" for name in (*LOOPBACK, host)}
-        self.sessions: dict[str, Session] = {}  # by path
-        self.free_paths: list[str] = []
-        self.connections: set[asyncio.Task] = set()
+        self.sessions: dict[str, Session] = {}  # by URL
+        self.free_urls: list[str] = []  # to use again
+        # The task of each connection, the oldest first. True: it waits for a session's reply.
+        self.connections: dict[asyncio.Task, bool] = {}
         self.said: set[str] = set()
-        for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach this machine's loopback
-            os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), *LOOPBACK])
+        # A proxy cannot reach this machine's loopback. Of both variables, small letters win.
+        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        if direct != "*" and not direct.endswith(",".join(LOOPBACK)):
+            direct = ",".join([*filter(None, [direct]), *LOOPBACK])
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = direct
 
     async def __aenter__(self) -> "Endpoint":
         self.server = await asyncio.start_server(self._connect, sock=self.listening.dup())
@@ -838,13 +842,13 @@ class Endpoint:
     @contextmanager
     def opened(self, session: Session) -> Iterator[str]:
         """A base_url for this session, while the block runs."""
-        path = self.free_paths.pop() if self.free_paths else f"/{token_urlsafe(16)}/v1"
-        self.sessions[path] = session
+        new = f"{self.address}/{token_urlsafe(16)}/v1"
+        url = self.free_urls.pop() if self.free_urls else new
+        self.sessions[url] = session
         try:
-            yield self.address + path
-            self.free_paths.append(path)  # not after an error: the agent may still run
+            yield url
         finally:
-            del self.sessions[path]
+            del self.sessions[url]
 
     def say_once(self, topic: str, text: str) -> None:
         if topic not in self.said:
@@ -852,35 +856,47 @@ class Endpoint:
             print(text, file=sys.stderr)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections.add(asyncio.current_task())
+        self.connections[asyncio.current_task()] = False
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._drop_oldest()
         try:
-            writer.write(await self._respond(reader))
-            await asyncio.wait_for(writer.drain(), MOST_SECONDS)
-        except (OSError, TimeoutError):
-            pass  # the client has gone, or does not read: there is nobody to tell
+            response = await self._respond(reader)
+            self.connections[asyncio.current_task()] = False
+            writer.write(response)
+            writer.write_eof()
+            async with asyncio.timeout(MOST_SECONDS):
+                await writer.drain()
+                # To close a connection with unread data would also discard the response.
+                while await reader.read(2**16):
+                    pass
+        except (OSError, TimeoutError, asyncio.CancelledError):
+            pass  # the client has gone or does not read, or the episode has ended
         finally:
-            self.connections.discard(asyncio.current_task())
-            writer.close()
+            self.connections.pop(asyncio.current_task(), None)
+            writer.transport.abort()
+
+    def _drop_oldest(self) -> None:
+        """End the connection that has been sending or reading for longest."""
+        oldest = next((task for task, waits in self.connections.items() if not waits), None)
+        if oldest:
+            del self.connections[oldest]
+            oldest.cancel()
 
     async def _respond(self, reader: asyncio.StreamReader) -> bytes:
         """Read one request. Returns the whole response."""
         try:
-            if len(self.connections) > MOST_CONNECTIONS:
-                raise HttpError(503, "too many connections")
             async with asyncio.timeout(MOST_SECONDS):
-                method, path, body = await self._read(reader)
-            return await self._dispatch(method, path, body)
-        except HttpError as e:
-            return _error(e.status, str(e))
+                method, url, body = await self._read(reader)
+            return await self._dispatch(method, url, body)
         except RequestError as e:
-            return _error(400, str(e))
+            return _error(e.status, str(e))
         except TimeoutError:
             return _error(408, "the request took too long")
         except Exception:  # the session raises it in the run; the client gets no details
             return _error(500, "the server failed")
 
     async def _read(self, reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
-        """(method, path, body). Raises HttpError."""
+        """(method, URL, body). Raises RequestError."""
         try:
             head = await reader.readuntil(b"\r\n\r\n")  # of at most 64 KiB
             line, _, rest = head.partition(b"\r\n")
@@ -888,45 +904,40 @@ class Endpoint:
             headers = parse_headers(io.BytesIO(rest))
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, HTTPException,
                 ValueError) as e:
-            raise HttpError(400, "this is not an HTTP request") from e
+            raise RequestError("this is not an HTTP request") from e
         # A web page in a browser must not reach this server, not even under another host name.
         if headers.get("Host", "") not in self.hosts or headers.get("Origin"):
-            raise HttpError(403, "only programs on this machine may ask")
+            raise RequestError("only programs on this machine may ask", 403)
         length = headers.get("Content-Length", "0")
         if "Transfer-Encoding" in headers or not re.fullmatch("[0-9]{1,9}", length):
-            raise HttpError(411, "want a Content-Length")
+            raise RequestError("want a Content-Length", 411)
         if int(length) > MOST_BYTES:
-            raise HttpError(413, f"the body has more than {MOST_BYTES:,} bytes")
+            raise RequestError(f"the body has more than {MOST_BYTES:,} bytes", 413)
         try:
-            return method, path, await reader.readexactly(int(length))
+            return method, self.address + path, await reader.readexactly(int(length))
         except asyncio.IncompleteReadError as e:
-            raise HttpError(400, "the body is shorter than its Content-Length") from e
+            raise RequestError("the body is shorter than its Content-Length") from e
 
-    async def _dispatch(self, method: str, path: str, body: bytes) -> bytes:
-        base, _, rest = path.partition("/v1/")
+    async def _dispatch(self, method: str, url: str, body: bytes) -> bytes:
+        base, _, rest = url.partition("/v1/")
         session = self.sessions.get(base + "/v1")
         if session is None:
-            raise HttpError(404, "there is no such URL, or its episode has ended")
+            raise RequestError("there is no such URL, or its episode has ended", 404)
         if (method, rest) == ("GET", "models"):
             return _json({"object": "list", "data": [{"id": "policy", "object": "model"}]})
         if (method, rest) != ("POST", "chat/completions"):
-            raise HttpError(404, "want POST /v1/chat/completions or GET /v1/models")
+            raise RequestError("want POST /v1/chat/completions or GET /v1/models", 404)
         try:
             asked = json.loads(body)
+            request = read_request(asked)
         except (ValueError, RecursionError) as e:
-            raise HttpError(400, "the body is not JSON") from e
-        request = read_request(asked)
+            raise RequestError("the body is not JSON, or is nested too deeply") from e
         if isinstance(session, OutsideAgent) and asked.keys() & {"temperature", "top_p", "seed"}:
             self.say_once("sampling", "the agent's temperature, top_p and seed are not used: the "
                           "policy is trained on the distribution it is sampled from")
+        self.connections[asyncio.current_task()] = True
         answer = completion(await session.answer(request), request.messages)
         return _events(answer, asked) if asked.get("stream") else _json(answer)
-
-
-class HttpError(Exception):
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
 
 
 def completion(replies: list[Reply], messages: list[ChatMessage]) -> dict:
@@ -934,7 +945,9 @@ def completion(replies: list[Reply], messages: list[ChatMessage]) -> dict:
     before = sum(len(message.calls) for message in messages)  # ids of calls count on from these
     choices = []
     for index, reply in enumerate(replies):
-        message: dict = {"role": "assistant", "content": reply.message.text or None}
+        # Null only beside calls, as in the API: agents take the text of any other message.
+        text = reply.message.text or (None if reply.message.calls else "")
+        message: dict = {"role": "assistant", "content": text}
         if reply.thinking:
             message["reasoning_content"] = reply.thinking
         if reply.message.calls:

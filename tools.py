@@ -506,17 +506,18 @@ def safe_tools(tools: Mapping[str, Callable], timeout: float,
      "error: got an unexpected keyword argument 'number'")
     """
     turn = threading.Lock()  # one call at a time: these tools change one environment
-    return [_safe_tool(name, as_function(tool), timeout, report, turn)
-            for name, tool in tools.items()]
+    return [_safe_tool(name, tools, timeout, report, turn) for name in tools]
 
 
-def _safe_tool(name: str, tool: Callable, timeout: float, report: Callable, turn) -> Callable:
+def _safe_tool(name: str, tools: Mapping[str, Callable], timeout: float, report: Callable,
+               turn: threading.Lock) -> Callable:
+    tool = as_function(tools[name])
     signature = inspect.signature(tool)
     parameters = {name: schema(tool)["function"]["parameters"]}
 
     async def run(args: tuple, kwargs: dict) -> str:
         call = _as_call(name, signature, parameters, args, kwargs)
-        [observation] = await run_calls([call], {name: tool}, timeout=timeout)
+        [observation] = await run_calls([call], tools, timeout=timeout)
         report(observation)
         return observation.text
 
@@ -525,7 +526,9 @@ def _safe_tool(name: str, tool: Callable, timeout: float, report: Callable, turn
 
     def call_plain(*args, **kwargs) -> str:
         with turn:  # in a thread of its own: the caller's may run an event loop already
-            return start_thread(lambda: asyncio.run(run(args, kwargs))).result()
+            job = start_thread(lambda: asyncio.run(run(args, kwargs)))
+            error = job.exception()  # no more threads or files
+            return _failed(describe(error)).text if error else job.result()
 
     is_async = inspect.iscoroutinefunction(tool)
     safe = functools.wraps(tool)(call_async if is_async else call_plain)
@@ -537,12 +540,13 @@ def _safe_tool(name: str, tool: Callable, timeout: float, report: Callable, turn
 
 def _as_call(name: str, signature: inspect.Signature, parameters: dict, args: tuple,
              kwargs: dict) -> Call | CallError:
-    """The arguments by name, checked against the schema."""
+    """The arguments by name and as JSON gives them, checked against the schema."""
     try:
         arguments = signature.bind_partial(*args, **kwargs).arguments
+        arguments = json.loads(json.dumps(arguments, allow_nan=False))
         return _check_call({"name": name, "arguments": arguments}, parameters)
-    except (TypeError, ValueError) as error:
-        return CallError(str(error))
+    except Exception as error:  # Python lets an agent pass any object, and its methods may fail
+        return CallError(describe(error).partition(": ")[2])
 
 
 def _as_text(result: Any) -> str:
