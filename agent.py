@@ -24,8 +24,8 @@ Sampled ids are appended as they are. Only the new text of the environment is en
     errors             a broken environment costs its own episode, not the run
     chat templates     `Chat` turns the messages of any model into ids
 
-Left out: streaming, images, other tools during an episode, several agents in one episode. A
-workflow of your own is an `async def` function like this one:
+Left out: streaming, images, other tools during an episode. A workflow of your own is an `async def`
+function like this one:
 
     await agent.start(env, seed)
     while not agent.episode.finish:
@@ -251,7 +251,8 @@ class Agent:
         self.episode, self.rng, self.env, self.tools = Episode(), Random(), None, {}
         self.schemas: list[dict] = []  # of the tools
         self.prompt: list[int] = []  # ids before the first message
-        self.turns: list[list[int]] = []  # ids of the turns that the next message will see
+        # The turns that the next message will see: the ids of each, by its number.
+        self.turns: dict[int, list[int]] = {}
         self.segment = Segment()  # the newest one: what the policy sees now
         self.turn = -1  # the number of this agent's newest message
 
@@ -298,7 +299,7 @@ class Agent:
         out = await self.llm.generate(self.segment.ids, self.max_new_tokens, rng=self.rng,
                                       temperature=self.temperature)
         self.segment.extend(out.ids, self.turn, out.logps)
-        self.turns.append(list(out.ids))
+        self.turns[self.turn] = list(out.ids)
         if out.finish == "length":
             # Half a call must never run: `{"path": "/` is not what the policy asked for.
             episode.tool_errors += 1
@@ -311,8 +312,11 @@ class Agent:
         episode.thinking += len(message.thinking.split())
         return message
 
-    async def act(self, message: Message) -> None:
-        """Run the calls of a message. Without any, its text is the final answer."""
+    async def act(self, message: Message) -> list[str]:
+        """Run the calls of a message. Without any, its text is the final answer.
+
+        Returns what the calls gave. Unless the task is over, the policy reads it next.
+        """
         self.episode.tool_calls += len(message.calls)
         calls = message.calls
         if not calls and message.text and "final_answer" in self.tools:
@@ -321,12 +325,14 @@ class Agent:
             calls = [CallError("your message holds no tool call and no answer")]
         observations = await run_calls(calls, self.tools, timeout=self.tool_timeout)
         self.episode.tool_errors += sum(o.error for o in observations)
+        texts = [o.text for o in observations]
         if not await self._ask("done", lambda: bool(self.env.done)):
-            self.observe(*[o.text for o in observations])
-            return
-        # Nobody will read the observations, so the episode ends with the policy's own token.
+            self.observe(*texts)
+            return texts
+        # The policy will not read the texts, so the episode ends with the policy's own token.
         accepted = [call.name for call, o in zip(calls, observations) if not o.error]
         self.episode.finish = "answered" if "final_answer" in accepted else "env_done"
+        return texts
 
     def observe(self, *texts: str) -> None:
         """Append what the policy reads next, once after each message. It is never trained on."""
@@ -334,7 +340,7 @@ class Agent:
             raise RuntimeError("observe answers a message, and there is none yet: "
                                "text before the first message belongs in the task")
         ids = self._observation_ids(texts)
-        self.turns[-1] += ids
+        self.turns[self.turn] += ids
         # If it leaves no room for a message, the policy reads it in the segment that `query` opens.
         if not self._is_full():
             self.segment.extend(ids, self.turn)
@@ -342,7 +348,7 @@ class Agent:
     def fresh(self, text: str) -> None:
         """Go on in a new context: the tools and this text. What came before is not in it."""
         self.prompt = self.chat.prompt(text, self.schemas)
-        self._open_segment([])
+        self._open_segment({})
 
     def branch(self) -> Agent:
         """A second agent, with a copy of this context and random numbers of its own.
@@ -351,7 +357,7 @@ class Agent:
         """
         other = copy.copy(self)
         other.rng = Random(self.rng.getrandbits(64))
-        other._open_segment([list(turn) for turn in self.turns])
+        other._open_segment({number: list(ids) for number, ids in self.turns.items()})
         return other
 
     async def close(self) -> Episode:
@@ -362,6 +368,9 @@ class Agent:
             raise EnvFailure(f"get_reward: {reward} is not in [0, 1]")
         self.episode.behaviour = await self._ask("behaviour", lambda: _behaviour(self.env))
         self.episode.reward = reward
+        # A workflow may open a context, and open another one before the policy wrote anything.
+        opened = self.episode.segments
+        self.episode.segments = [s for s in opened if any(s.sampled)] or opened[:1]
         # A workflow that stops by itself has spent its own budget: the task is not at its end.
         self.episode.finish = self.episode.finish or "max_turns"
         return self.episode
@@ -374,15 +383,15 @@ class Agent:
 
     def _is_full(self) -> bool:
         """Is there no room for another message?"""
-        return len(self.prompt) + sum(len(turn) for turn in self.turns) > self.max_input
+        return len(self.prompt) + sum(map(len, self.turns.values())) > self.max_input
 
     def _drop_old_turns(self) -> None:
         """The context window is full: go on in a new segment, with the newest turns only."""
-        lengths = [len(turn) for turn in self.turns]
+        lengths = [len(ids) for ids in self.turns.values()]
         leaving = turns_to_drop(len(self.prompt), lengths, self.context, self.max_new_tokens)
-        self._open_segment(self.turns[leaving:])
+        self._open_segment(dict(list(self.turns.items())[leaving:]))
 
-    def _open_segment(self, turns: list[list[int]]) -> None:
+    def _open_segment(self, turns: dict[int, list[int]]) -> None:
         """Begin a segment with the prompt and these turns.
 
         None of it is `sampled` here: each token is trained in the segment where it was chosen.
@@ -390,8 +399,8 @@ class Agent:
         self.turns, self.segment = turns, Segment()
         self.episode.segments.append(self.segment)
         self.segment.extend(self.prompt, turn=-1)
-        for turn, ids in enumerate(turns, self.turn + 1 - len(turns)):
-            self.segment.extend(ids, turn)
+        for number, ids in turns.items():
+            self.segment.extend(ids, number)
 
     async def _begin_turn(self) -> int:
         """Count a message that will be sampled, and note the state it answers."""
@@ -407,7 +416,7 @@ class Agent:
         The aim: the observation takes at most half of the free tokens, and fits beside its message.
         So a tool that returns very much does not push the message that called it out of the window.
         """
-        message = self.turns[-1]
+        message = self.turns[self.turn]
         closed = message[-1:] == [self.chat.end_id]  # not if it was cut, or has another stop token
         free = self.max_input - len(self.prompt)
         room = min(free // 2, free - len(message))
