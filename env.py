@@ -16,7 +16,11 @@ follows one habit, drawn at random. About one attempt in three is right; the oth
 mistake. A model that imitates the demonstrator copies this mixture, so it mostly fails.
 Reinforcement learning then finds out which habit earns the reward, and makes it likely.
 
-One task in five is held out by its content (`held_out`): it is never trained on.
+The last argument of each constructor (`tool`, `open`, `map`, `think`, `notes`, `feedback`), set to
+0, takes away what the capability needs. If a model still learns the task, then the task does not
+measure the capability. tests/evidence.py makes this comparison.
+
+One task in five is held out by its content (`split`): it is never trained on.
 
 Left out: rewards for single steps, rendering, vector environments. Uses tools.py and memory.py.
 agent.py and train.py use it. `python env.py [NAME]` lets you play a task: you call the tools as
@@ -30,17 +34,15 @@ import importlib.util
 import inspect
 import itertools
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 import tools
 from memory import Notes, Search
-from tools import Call, describe, format_call, run_calls, schema, tools_of
+from tools import Call, describe, format_call, run_calls, schema, start_thread, tools_of
 
 
 class Env(Protocol):
@@ -67,7 +69,11 @@ class Env(Protocol):
 
     @property
     def state(self) -> str:
-        """Names the situation within the task. Equal states have equal chances of success."""
+        """Names the situation within the task, such as what the policy has found out so far.
+
+        Two attempts at a task with equal states have the same situation before them. So
+        `turn_credit` (grpo.py) may compare what they did next.
+        """
 
 
 class Question:
@@ -134,7 +140,7 @@ class Calculator(Question):
     """Tool use. A word problem whose numbers are too large to work out in the head.
 
     The first number has `digits` digits, the second one has one less. That makes about 650,000
-    tasks. The best player needs two turns: call, answer. `tool=0`: the calculator is out of order.
+    tasks. The best player needs two turns: call, answer.
     """
 
     def __init__(self, digits: int = 3, tool: int = 1):
@@ -176,6 +182,8 @@ def pick(random: Random, habits: dict[str, float]) -> str:
 
 def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
     """Mostly calls for the wrong operation, or answers with a number of the question."""
+    # The right habit is not the most likely one. So a model that imitates this mostly fails, and
+    # what it can do after training, it owes to the reward.
     habit = pick(random, {"no call": 0.25, "wrong operation": 0.43, "right": 0.32})
     a, sign, b = env._expression.split()
     if habit == "no call":
@@ -186,6 +194,11 @@ def demonstrate_calculator(env: Calculator, random: Random) -> Iterator[str]:
     yield format_call("calculator", expression=f"{a} {sign} {b}")
     yield tools.calculator(f"{a} {sign} {b}")
 
+
+# ==================================================================================================
+# `Env`, `Question` and `Calculator` are all there is to an environment. Below: five more of the
+# same form, one for each capability. Then: how environments are found, split, checked and played.
+# ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
 # lookup
@@ -212,8 +225,7 @@ class Lookup(Question):
     Companies, cities and rivers take their names from one list: what a name stands for must be
     read. There are 800 questions. Each seed makes a new knowledge base, so no answer can be
     remembered from another task. `hops`: the longest chain. `top`: documents that a search returns.
-    The best player needs one search per hop and one turn for the answer. `open=0`: no search finds
-    anything.
+    The best player needs one search per hop and one turn for the answer.
     """
 
     # A sentence is longer than those about what it mentions: BM25 ranks shorter documents first, so
@@ -281,8 +293,7 @@ class Maze:
     Seen from the start, one corridor looks like another. Seen from the goal, there is only one way
     back. So it helps to plan from the goal. Maps on which a player succeeds that always steps
     nearer to the goal (`towards`) are thrown away. By default the way is 4 to 6 moves long, and
-    20,000 seeds give 14,226 different maps. The best player needs one turn. `map=0`: the map is not
-    shown.
+    20,000 seeds give 14,226 different maps. The best player needs one turn.
     """
 
     def __init__(self, size: int = 6, corridors: int = 3, shortest: int = 4, slack: int = 0,
@@ -344,6 +355,8 @@ class Maze:
             route: The names of the cells
         """
         for cell in route.split():
+            if self._here == self._goal:
+                raise ValueError("the goal is reached")
             if self.done:
                 raise ValueError("no moves are left that would lead to the goal")
             self._left -= 1
@@ -367,7 +380,7 @@ class Maze:
 
     @property
     def behaviour(self) -> dict[str, float]:
-        return {"moves over the shortest": self.slack - self._left, "bumps": self._bumps}
+        return {"moves left": self._left, "bumps": self._bumps}
 
 
 def beside(cell: str) -> list[str]:
@@ -411,7 +424,10 @@ def towards(open_cells: set[str], here: str, goal: str) -> str:
 
 
 def _number(random: Random) -> str:
-    """Tells tasks apart whose text would be the same. All have one length."""
+    """A serial number for the prompt, always of six digits.
+
+    The split hashes the prompt. Without the number, every safe would have the same prompt.
+    """
     return f"{random.randrange(10**6):06}"
 
 
@@ -442,8 +458,8 @@ class Chain(Question):
     """Reasoning. A small program in the prompt. No tool helps to execute it; thinking aloud does.
 
     A million programs by default. The best player needs one turn, in which it thinks one digit per
-    step. The steps do not commute, so none can be left for later. `think=0`: the demonstrator gives
-    the same answers without thinking.
+    step. The steps do not commute, so none can be left for later. With `think=0` the demonstrator
+    gives the same answers without thinking.
     """
 
     def __init__(self, steps: int = 6, think: int = 1):
@@ -495,7 +511,7 @@ class Recall(Question):
     early pages have left the window when the question comes, and only notes can answer it. On each
     page, one line says where somebody lives. The others are about the weather. There are more than
     10^20 books. The best player needs `pages` + 3 turns: one opens the book; one per page writes a
-    note and turns the page; one searches the notes; one answers. `notes=0`: notes are dropped.
+    note and turns the page; one searches the notes; one answers.
     """
 
     def __init__(self, pages: int = 4, lines: int = 2, notes: int = 1):
@@ -517,9 +533,8 @@ class Recall(Question):
                 f"people in it lives. (Book {_number(random)})")
 
     def _page(self, random: Random, fact: str) -> list[str]:
-        page = []
-        for _ in range(self.lines - 1):
-            page.append(f"In {random.choice(PLACE)} it {random.choice(WEATHER)}.")
+        page = [f"In {random.choice(PLACE)} it {random.choice(WEATHER)}."
+                for _ in range(self.lines - 1)]
         page.append(fact)
         random.shuffle(page)
         return page
@@ -584,11 +599,10 @@ def demonstrate_recall(env: Recall, random: Random) -> Iterator[str]:
 
 
 class Mastermind:
-    """Self-reflection. A hidden code. Each digit of a guess is too low, too high or right.
+    """Self-reflection. A secret code. Each digit of a guess is too low, too high or right.
 
     10,000 codes by default. The number of the safe says nothing about the code. Four guesses are
-    enough if each halves what is left. Without feedback they are four of 10,000. `feedback=0`: the
-    answer does not say what was wrong.
+    enough if each halves what is left. Without feedback they are four of 10,000.
     """
 
     def __init__(self, digits: int = 4, guesses: int = 4, feedback: int = 1):
@@ -598,7 +612,7 @@ class Mastermind:
 
     def reset(self, seed: int) -> str:
         random = Random(f"mastermind {seed}")
-        self._code = "".join(random.choice("0123456789") for _ in range(self.digits))
+        self._secret = "".join(random.choice("0123456789") for _ in range(self.digits))
         self._guesses, self._consistent = [], 0
         return (f"Safe {_number(random)} has a code of {self.digits} digits. "
                 f"Find it in {self.guesses} guesses.")
@@ -613,20 +627,21 @@ class Mastermind:
             raise ValueError("no guesses are left")
         if len(code) != self.digits or not code.isdecimal() or not code.isascii():
             raise ValueError(f"a code has {self.digits} digits")
-        known = [(old, _grade(self._code, old)) for old in self._guesses]
-        self._consistent += all(_grade(code, old) == answer for old, answer in known)
+        # Could this code be the secret, after the answers so far?
+        known = [(guess, _grade(self._secret, guess)) for guess in self._guesses]
+        self._consistent += all(_grade(code, guess) == answer for guess, answer in known)
         self._guesses.append(code)
-        if code == self._code:
+        if code == self._secret:
             return "The safe is open."
-        return _grade(self._code, code) if self.feedback else "That is wrong."
+        return _grade(self._secret, code) if self.feedback else "That is wrong."
 
     def get_reward(self) -> float:
         """1 if the code was found, else 0."""
-        return float(self._code in self._guesses)
+        return float(self._secret in self._guesses)
 
     @property
     def done(self) -> bool:
-        return self._code in self._guesses or len(self._guesses) >= self.guesses
+        return self._secret in self._guesses or len(self._guesses) >= self.guesses
 
     @property
     def state(self) -> str:
@@ -638,13 +653,13 @@ class Mastermind:
         return {"guesses": len(self._guesses), "consistent guesses": consistent}
 
 
-def _grade(code: str, guess: str) -> str:
+def _grade(secret: str, guess: str) -> str:
     """The answer to a guess, digit by digit.
 
     >>> _grade("1234", "1902")
     'right high low low'
     """
-    return " ".join(_compare(g, c) for c, g in zip(code, guess))
+    return " ".join(_compare(digit, right) for digit, right in zip(guess, secret))
 
 
 def _compare(digit: str, right: str) -> str:
@@ -669,14 +684,13 @@ def demonstrate_mastermind(env: Mastermind, random: Random) -> Iterator[str]:
         if habit == "counts on":
             guess = str((int(guess[0]) + 1) % 10) * env.digits
         else:
-            answers = _grade(env._code, guess).split()
+            answers = _grade(env._secret, guess).split()
             thought = f"<think>{' '.join(THOUGHTS[answer] for answer in answers)}</think>"
-            guess = "".join(NEXT[answer][int(g)] for answer, g in zip(answers, guess))
+            guess = "".join(NEXT[answer][int(digit)] for answer, digit in zip(answers, guess))
 
 
-# ==================================================================================================
-# Below: find, split and check environments, and play them by hand.
-# ==================================================================================================
+# --------------------------------------------------------------------------------------------------
+# Finding environments
 
 ENVIRONMENTS: dict[str, type] = {
     cls.__name__.lower(): cls for cls in (Calculator, Lookup, Maze, Chain, Recall, Mastermind)}
@@ -774,14 +788,16 @@ def task_hash(task: str) -> str:
     return hashlib.sha256(task.encode("utf-8", "replace")).hexdigest()[:12]
 
 
-def held_out(task: str) -> bool:
-    """Is this task set aside for evaluation? One in five is, by its content, whatever its seed."""
-    return int(task_hash(task), 16) % 5 == 0
+def split(task: str) -> str:
+    """What a task is for, by its content: "train", "tune" or "final". Its seed does not matter.
 
+    Eight in ten are to train on. The others are held out. On one in ten, settings are chosen
+    ("tune"). The last one in ten is kept for final figures, which no choice has looked at.
 
-def for_final_figures(task: str) -> bool:
-    """Is this task in the half of the held-out ones that were not looked at to choose settings?"""
-    return int(task_hash(task), 16) % 10 == 0
+    >>> split("What is 1 plus 3?"), split("What is 1 plus 4?"), split("What is 1 plus 10?")
+    ('train', 'tune', 'final')
+    """
+    return {0: "final", 5: "tune"}.get(int(task_hash(task), 16) % 10, "train")
 
 
 def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
@@ -792,6 +808,9 @@ def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
     A seed whose `reset` raises or hangs is passed over. Raises EnvError after 20 of these in a row,
     and after 2,000 seeds in a row without a task of the wanted kind.
     """
+    wanted = "train"
+    if evaluation:
+        wanted = "final" if final else "tune"
     env, failed, unwanted = factory(), 0, 0
     for seed in itertools.count(start):
         try:
@@ -803,7 +822,7 @@ def tasks_of(factory: Callable[[], Env], evaluation: bool, start: int = 0,
             env = factory()  # a call that was abandoned may still change the old one
             continue
         unwanted += 1
-        if (held_out(task), for_final_figures(task)) == (evaluation, final):
+        if split(task) == wanted:
             unwanted = 0
             yield seed, task
         elif unwanted == MOST_SEEDS:
@@ -892,15 +911,7 @@ def _ask(env: Env, part: str, kind: type, question: Callable[[], Any]) -> Any:
 
     Raises EnvError that names the part if it raises, hangs, or returns another type than `kind`.
     """
-    part, answer = f"{type(env).__name__}.{part}", Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(question())
-        except BaseException as e:  # SystemExit too: this thread is the environment's
-            answer.set_exception(e)
-
-    threading.Thread(target=work, daemon=True).start()
+    part, answer = f"{type(env).__name__}.{part}", start_thread(question)
     try:
         error = answer.exception(CALL_SECONDS)
     except TimeoutError:

@@ -2,15 +2,18 @@
 
 An agent has two memories. *Working memory* is the context window: the tokens that the model reads
 before it writes. Its size is limited. When it is full, `turns_to_drop` says how many old turns
-leave. *Long-term memory* is `Notes`: texts that the agent writes down and searches later. The
-search compares words: SQLite's index FTS5 finds the texts, and BM25 puts first those that have more
-of the query's words, and rarer ones. An agent that takes no notes loses what leaves the window.
+leave. *Long-term memory* is `Notes`: texts that the agent writes down and searches later. They
+outlast the window, not the episode. An agent that takes no notes loses what leaves the window.
+
+The search compares words. SQLite's index FTS5 finds the texts with a word of the query, and BM25
+ranks them. Texts with more of the query's words come first, rarer words count more, and of texts
+with the same words the shorter one wins (`Lookup` in env.py depends on this).
 
 `Search` is the same search over given documents. The environments of env.py use `Notes` and
 `Search` inside their tools, and agent.py asks `turns_to_drop`. Nothing here knows about models.
 
 Left out: embeddings (BM25 needs no model and is easy to explain), summaries (a policy can write one
-as a note), forgetting, and access over a network.
+as a note), forgetting, and notes in a file.
 
 Run it alone: `python memory.py`. Copy it alone: it needs the standard library, with SQLite's FTS5.
 """
@@ -19,36 +22,39 @@ import re
 import sqlite3
 import threading
 from collections.abc import Sequence
-from os import PathLike
 
 
-def turns_to_drop(fixed: int, turns: Sequence[int], window: int, free: int = 0) -> int:
+def turns_to_drop(fixed: int, turns: Sequence[int], window: int, reserved: int = 0) -> int:
     """How many of the oldest turns to drop from a context window that is full.
 
     fixed: tokens of the part that always stays (system message, tools, task).
     turns: tokens of each turn, the oldest first. A turn is a message and its observations.
-    window: tokens that the model can read at once. free: of these, tokens for the next message.
+    window: tokens that the model can read at once.
+    reserved: of these, tokens for the next message.
 
-    Only whole turns are dropped, so a call and its result stay together. The rest fills at most
-    half of the window. With more, the window would soon be full again, and each time the model must
-    read all of the new segment. The newest turn is an exception: it stays whenever it fits, because
-    it holds what the agent asked for last. Raises ValueError if `fixed` does not fit.
+    Only whole turns are dropped, so a call and its result stay together. The fixed part and the
+    turns that stay fill at most half of the window. With more, the window would soon be full again,
+    and each time the model must read all of the new segment. The newest turn stays whenever it
+    fits, because it holds what the agent asked for last. Raises ValueError if `fixed` does not fit.
 
     >>> turns_to_drop(fixed=10, turns=[40, 30, 20, 20], window=100)  # 10 + 20 + 20 stay
     2
     >>> turns_to_drop(fixed=10, turns=[15, 15, 70], window=100)  # the newest fits
     2
-    >>> turns_to_drop(fixed=10, turns=[15, 15, 70], window=100, free=30)  # 10 + 70 > 100 - 30
+    >>> turns_to_drop(fixed=10, turns=[15, 15, 70], window=100, reserved=30)  # 10 + 70 > 100 - 30
     3
     """
-    limit = window - free
+    limit = window - reserved
     if fixed > limit:
         raise ValueError(f"the fixed part has {fixed} tokens, and there is room for {limit}")
     used, leaving = fixed, len(turns)
-    while leaving and used + turns[leaving - 1] <= limit:
+    for turn in reversed(turns):
+        is_newest = leaving == len(turns)
+        room = limit if is_newest else min(limit, window // 2)
+        if used + turn > room:
+            break
+        used += turn
         leaving -= 1
-        used += turns[leaving]
-        limit = min(limit, window // 2)  # for all but the newest
     return leaving
 
 
@@ -66,10 +72,7 @@ def fts_query(text: str) -> str:
 
 
 class Notes:
-    """Texts that can be searched: in memory, or in a file that outlives the process.
-
-    Threads may share one object. Processes may share one file; each must open it itself, not before
-    a fork. When `add` returns, the notes are on the disk, even if the process is then killed.
+    """Texts that can be searched. Threads may share one object: each call of a tool has its own.
 
     >>> notes = Notes()
     >>> notes.add("The door code is 4711.", "Anna has the key.", "Tea is at five.")
@@ -79,28 +82,20 @@ class Notes:
     3
     """
 
-    def __init__(self, path: str | PathLike | None = None):
-        # Threads take turns by the lock. Processes take turns by SQLite, which waits for another's
-        # write for up to `timeout` seconds. IMMEDIATE takes the write lock before the first read:
-        # two processes that both read first, then write, would refuse each other at once.
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False,
-                                   isolation_level="IMMEDIATE")
-        with self._db:  # commits
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("CREATE VIRTUAL TABLE IF NOT EXISTS notes USING fts5(text)")
+    def __init__(self):
+        self._lock = threading.Lock()  # one thread at a time may use the connection
+        self._db = sqlite3.connect(":memory:", check_same_thread=False)
+        self._db.execute("CREATE VIRTUAL TABLE notes USING fts5(text)")
 
     def add(self, *texts: str) -> None:
         """Write notes down, in one transaction: if this raises, none of them is kept."""
         # SQLite refuses half a character, such as "\\ud800".
         rows = [(text.encode("utf-8", "replace").decode("utf-8"),) for text in texts]
-        with self._lock, self._db:
+        with self._lock, self._db:  # commits, or takes all back
             self._db.executemany("INSERT INTO notes (text) VALUES (?)", rows)
 
     def search(self, query: str, top: int = 3) -> list[str]:
-        """The notes that hold a word of the query. More words, and rarer ones, come first.
-
-        Any text is a query.
+        """The notes that hold a word of the query, the best first. Any text is a query.
 
         >>> Notes().search('NEAR(" OR *')
         []
@@ -111,24 +106,12 @@ class Notes:
         ranked = "SELECT text FROM notes WHERE notes MATCH ? ORDER BY bm25(notes), rowid LIMIT ?"
         return self._select(ranked, match, max(top, 0))
 
-    def all(self) -> list[str]:
-        """Every note, in the order of writing."""
-        return self._select("SELECT text FROM notes ORDER BY rowid")
-
     def __len__(self) -> int:
         return self._select("SELECT count(*) FROM notes")[0]
 
     def _select(self, statement: str, *values: str | int) -> list:
         with self._lock:
             return [row[0] for row in self._db.execute(statement, values)]
-
-    def close(self) -> None:
-        """Close the file. Happens by itself when nobody holds the object any more."""
-        self._db.close()
-
-    def __del__(self):
-        if hasattr(self, "_db"):  # it has none if the file could not be opened
-            self.close()
 
 
 class Search:

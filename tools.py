@@ -105,10 +105,11 @@ def plain_run(text: str, tools: Mapping[str, Callable]) -> list[str]:
 # ==================================================================================================
 
 
-def tools_of(obj: object, reserved: Sequence[str] = ("reset", "get_reward")) -> dict[str, Callable]:
+def tools_of(obj: object) -> dict[str, Callable]:
     """The public methods of an object, base classes first, in the order of their definition.
 
-    An attribute of the class that is a tool of LangChain or smolagents counts as a method.
+    Not `reset` and `get_reward`: these are for the agent loop (see env.py). An attribute of the
+    class that is a tool of LangChain or smolagents counts as a method.
 
     >>> class Door:
     ...     def open(self) -> str: ...
@@ -119,7 +120,7 @@ def tools_of(obj: object, reserved: Sequence[str] = ("reset", "get_reward")) -> 
     methods = {}
     for cls in reversed(type(obj).__mro__[:-1]):  # the last class is `object`
         for name in vars(cls):
-            if name.startswith("_") or name in reserved:
+            if name.startswith("_") or name in ("reset", "get_reward"):
                 continue
             # Look in the class: on the object, a property would run.
             member = inspect.getattr_static(type(obj), name)
@@ -174,9 +175,10 @@ def format_call(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{text}\n</tool_call>"
 
 
-# Each opening tag matches: up to its closing tag or, without one, up to the end of the text (\Z).
-# The search goes on after the match, so each character is read once. Without \Z, each unclosed tag
-# would be followed to the end and fail, then the next one: quadratic time.
+# A tag that is never closed matches up to the end of the text, which \Z stands for. So each opening
+# tag matches, and the search goes on behind the match: it reads each character once. Without \Z, it
+# would run from an unclosed tag to the end, fail, and do the same from the next tag. This takes
+# quadratic time.
 _SECTION = re.compile(r"<think>(?P<thought>.*?)(?:</think>|\Z)"
                       r"|<tool_call>(?P<block>.*?)(?P<close></tool_call>|\Z)", re.DOTALL)
 
@@ -287,9 +289,22 @@ def _misfits_of_call(name: str, arguments: dict, parameters: dict) -> Iterator[s
             yield f'"{name}" has no argument {_show(key)}'
 
 
-def _misfits(value: Any, spec: dict, what: str) -> Iterator[str]:
-    """What is wrong with a value. Checks the part of JSON schema that type hints can express."""
-    if not _fits(value, spec):
+def _misfits(value: Any, spec: dict, what: str = "") -> Iterator[str]:
+    """What is wrong with a value: nothing if it fits its schema. `what` names the value.
+
+    This knows the part of JSON schema that type hints can express.
+
+    >>> list(_misfits(["a", 2], {"type": "array", "items": {"type": "string"}}, "the list"))
+    ['item 1 of the list must be string, not 2']
+    """
+    if value is None and spec.get("nullable"):
+        return
+    fits = _has_type(value, _types(spec))
+    if "enum" in spec:  # True == 1 in Python, so compare the types as well
+        fits &= (type(value), value) in [(type(one), one) for one in spec["enum"]]
+    if "anyOf" in spec:
+        fits &= any(not list(_misfits(value, option)) for option in spec["anyOf"])
+    if not fits:
         yield f"{what} must be {_in_words(spec)}, not {_show(value)}"
     elif isinstance(value, list) and "items" in spec:
         for place, item in enumerate(value):
@@ -300,26 +315,12 @@ _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", 
                dict: "object", type(None): "null"}
 
 
-def _fits(value: Any, spec: dict) -> bool:
-    """Does a value fit its schema? `_misfits` looks at the items of a list."""
-    if value is None and spec.get("nullable"):
+def _has_type(value: Any, types: Sequence[str]) -> bool:
+    """Has a value one of these JSON types? A type that JSON does not know fits every value."""
+    found = _JSON_TYPES.get(type(value))
+    if not types or found in types or not set(types).issubset(_JSON_TYPES.values()):
         return True
-    types = _types(spec)
-    if types and not any(_is(value, name) for name in types):
-        return False
-    # True == 1 in Python, so compare the type as well.
-    if "enum" in spec and (type(value), value) not in [(type(one), one) for one in spec["enum"]]:
-        return False
-    options = spec.get("anyOf", [])
-    fitting = [option for option in options if not list(_misfits(value, option, ""))]
-    return not options or len(fitting) > 0
-
-
-def _is(value: Any, name: str) -> bool:
-    """Does a value have this JSON type? An integer is also a number. An unknown type fits all."""
-    if name not in _JSON_TYPES.values():
-        return True
-    return _JSON_TYPES[type(value)] == name or (name == "number" and type(value) is int)
+    return found == "integer" and "number" in types
 
 
 def _types(spec: dict) -> list[str]:
@@ -362,10 +363,10 @@ async def run_calls(calls: Sequence[Call | CallError], tools: Mapping[str, Calla
                     max_calls: int = 16) -> list[Observation]:
     """Run the calls of one message. Returns one observation per call, in call order.
 
-    Functions and `async def` tools run at the same time. Plain methods of one object, such as the
-    tools of an environment, run one after the other: two moves in a maze must not race. There is
-    one exception: a method that exceeds `timeout` seconds becomes an error, but its thread runs on,
-    and may still change the object.
+    Calls run at the same time. But methods of one object, such as the tools of an environment, run
+    one after the other: two moves in a maze must not race. Each call may take `timeout` seconds,
+    counted from its own beginning. After that it is an error. But its thread runs on, and may
+    overlap with the next call to the same object.
 
     Every exception of a tool becomes an error, SystemExit too. A text over `max_chars` loses its
     middle. Calls after the first `max_calls` do not run. This function raises only if it is
@@ -377,16 +378,17 @@ async def run_calls(calls: Sequence[Call | CallError], tools: Mapping[str, Calla
     >>> [observation.text for observation in observations]
     ['42', 'error: not JSON', 'error: ValueError: division by zero']
     """
-    turns = collections.defaultdict(asyncio.Lock)  # by object; first come, first served
+    # One per object: the tools of one environment never overlap. First come, first served.
+    locks = collections.defaultdict(asyncio.Lock)
     too_many = CallError(f"only the first {max_calls} calls of a message are run")
     accepted = [call if place < max_calls else too_many for place, call in enumerate(calls)]
-    jobs = [_run_call(call, tools, timeout, turns) for call in accepted]
+    jobs = [_run_call(call, tools, timeout, locks) for call in accepted]
     observations = await asyncio.gather(*jobs)
     return [Observation(clip(one.text, max_chars), one.error) for one in observations]
 
 
 async def _run_call(call: Call | CallError, tools: Mapping[str, Callable], timeout: float,
-                    turns: Mapping[int, asyncio.Lock]) -> Observation:
+                    locks: Mapping[int, asyncio.Lock]) -> Observation:
     if isinstance(call, CallError):
         return _failed(call.message)
     if call.name not in tools:
@@ -394,8 +396,9 @@ async def _run_call(call: Call | CallError, tools: Mapping[str, Callable], timeo
     function = as_function(tools[call.name])
     if inspect.iscoroutinefunction(function):
         return await _in_time(_run_async(function, call.arguments), call.name, timeout)
-    owner = getattr(function, "__self__", call)  # a function that is no method waits for nobody
-    async with turns[id(owner)]:
+    # A function that is no method has no object. It gets a lock of its own, and waits for nobody.
+    owner = getattr(function, "__self__", None)
+    async with asyncio.Lock() if owner is None else locks[id(owner)]:
         job = in_thread(lambda: _run_plain(function, call.arguments))
         return await _in_time(job, call.name, timeout)
 
@@ -418,43 +421,29 @@ async def _run_async(function: Callable, arguments: dict) -> Observation:
     return await in_thread(lambda: _run_plain(lambda: result, {}))
 
 
-# The time limit of the call that runs here. `wait_for_turn` stops it.
-_time_limit = contextvars.ContextVar("time limit", default=None)  # an asyncio.Timeout
+# The time limit of the call that runs here, an asyncio.Timeout. `wait_for_core` puts it off.
+_running_limit = contextvars.ContextVar("time limit", default=None)
 
 
 async def _in_time(work: Awaitable[Observation], name: str, timeout: float) -> Observation:
     """The result of `work`, or an error if it takes longer than `timeout` seconds."""
     limit = asyncio.timeout(timeout)
-    _time_limit.set(limit)  # before the task is made, because it copies the context
+    _running_limit.set(limit)  # before the task is made, because it copies the context
     future = asyncio.ensure_future(work)
     try:
         async with limit:
-            # Not `await future`: that waits for ever for a task that swallows its cancellation.
+            # At the limit, `asyncio.wait` returns and leaves the task alone. `await future` would
+            # cancel the task and wait for its end: for ever, if it swallows its cancellation.
             await asyncio.wait({future})
     except TimeoutError:
         if not future.done():  # it is done if only the event loop was late
             return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
     finally:
         future.cancel()  # does nothing to one that is done
-    if future.cancelled():
-        return _failed(f"{name} was cancelled")
-    if future.exception():
-        return _failed(describe(future.exception()))
-    return future.result()
-
-
-async def wait_for_turn(turn: asyncio.Event) -> None:
-    """For an `async def` tool: wait for an event. Meanwhile the time limit of its call is stopped.
-    """
-    limit = _time_limit.get()
-    if limit is None or limit.when() is None:  # no limit, or it is stopped already
-        await turn.wait()
-        return
-    loop = asyncio.get_running_loop()
-    left = limit.when() - loop.time()
-    limit.reschedule(None)
-    await turn.wait()
-    limit.reschedule(loop.time() + left)
+    try:
+        return future.result()
+    except (Exception, asyncio.CancelledError) as error:
+        return _failed(describe(error))
 
 
 def in_thread(function: Callable[[], Any]) -> asyncio.Future:
@@ -463,8 +452,9 @@ def in_thread(function: Callable[[], Any]) -> asyncio.Future:
 
 
 def start_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
-    """Run `function` in a new thread. The future gets what it returns, or the Exception it raises.
+    """Run `function` in a new thread. The future gets what it returns or raises.
 
+    An exception that is no Exception, such as SystemExit, comes as a RuntimeError.
     Not a pool of threads: one that hangs for ever would be missing from the pool. And Python waits
     for the threads of a pool before it exits, but not for this one.
     """
@@ -477,7 +467,11 @@ def start_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
             value = function()
         except Exception as e:
             error = e
-        if os.getpid() != process:  # the function has forked, and this is the copy: it ends here
+        except BaseException as e:  # such as SystemExit: an event loop that waits would end by it
+            error = RuntimeError(describe(e))
+        # If the function has forked, its copy of this process comes here, too. It must end, or it
+        # would go on as a second trainer.
+        if os.getpid() != process:
             os._exit(0)
         if error:
             result.set_exception(error)
@@ -505,43 +499,45 @@ def safe_tools(tools: Mapping[str, Callable], timeout: float,
     ('42', 'error: ValueError: division by zero',
      "error: got an unexpected keyword argument 'number'")
     """
-    turn = threading.Lock()  # one call at a time: these tools change one environment
-    return [_safe_tool(name, tools, timeout, report, turn) for name in tools]
+    lock = threading.Lock()  # one call at a time: these tools change one environment
+    # The mapping itself goes on: once it is emptied, the tools do nothing any more.
+    return [_safe_tool(name, tools, timeout, report, lock) for name in tools]
 
 
-def _safe_tool(name: str, tools: Mapping[str, Callable], timeout: float, report: Callable,
-               turn: threading.Lock) -> Callable:
+def _safe_tool(name: str, tools: Mapping[str, Callable], timeout: float,
+               report: Callable[[Observation], None], lock: threading.Lock) -> Callable:
     tool = as_function(tools[name])
     signature = inspect.signature(tool)
     parameters = {name: schema(tool)["function"]["parameters"]}
 
-    async def run(args: tuple, kwargs: dict) -> str:
+    async def call_async(*args, **kwargs) -> str:
         call = _as_call(name, signature, parameters, args, kwargs)
         [observation] = await run_calls([call], tools, timeout=timeout)
         report(observation)
         return observation.text
 
-    async def call_async(*args, **kwargs) -> str:
-        return await run(args, kwargs)
-
     def call_plain(*args, **kwargs) -> str:
-        with turn:  # in a thread of its own: the caller's may run an event loop already
-            job = start_thread(lambda: asyncio.run(run(args, kwargs)))
+        with lock:
+            # In a thread of its own: the caller's may run an event loop already.
+            job = start_thread(lambda: asyncio.run(call_async(*args, **kwargs)))
             error = job.exception()  # no more threads or files
             return _failed(describe(error)).text if error else job.result()
 
-    is_async = inspect.iscoroutinefunction(tool)
-    safe = functools.wraps(tool)(call_async if is_async else call_plain)
-    hints = safe.__annotations__ = typing.get_type_hints(tool) | {"return": str}
-    takes = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    safe = call_async if inspect.iscoroutinefunction(tool) else call_plain
+    functools.update_wrapper(safe, tool)  # its name and docstring
+    # Frameworks describe a tool by its hints or by its signature. Both say that it returns text.
+    safe.__annotations__ = typing.get_type_hints(tool) | {"return": str}
+    takes = [parameter.replace(annotation=safe.__annotations__[key])
+             for key, parameter in signature.parameters.items()]
     safe.__signature__ = signature.replace(parameters=takes, return_annotation=str)
     return safe
 
 
 def _as_call(name: str, signature: inspect.Signature, parameters: dict, args: tuple,
              kwargs: dict) -> Call | CallError:
-    """The arguments by name and as JSON gives them, checked against the schema."""
+    """The arguments by name and as JSON gives them, checked as if a policy had written them."""
     try:
+        # Not `bind`: `_check_call` says more about an argument that is missing.
         arguments = signature.bind_partial(*args, **kwargs).arguments
         arguments = json.loads(json.dumps(arguments, allow_nan=False))
         return _check_call({"name": name, "arguments": arguments}, parameters)
@@ -777,9 +773,27 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 # --------------------------------------------------------------------------------------------------
 # Tool: python
 
-# Of each process of a program, by the names of setrlimit(2): seconds of processor time, bytes of
-# memory, bytes of a file, open files. NPROC alone is for the whole program: its processes and
-# threads, and two more that are not its own.
+# A model's program may do anything, so each call gets a new sandbox, which bubblewrap builds, also
+# when we are root. Inside, a program
+#
+#   - reads only the files of the system's Python, and writes only in a scratch folder;
+#   - cannot see or signal other processes, nor reach a network or a socket;
+#   - cannot read our environment variables, nor gain rights;
+#   - cannot exceed the limits below, nor outlive the call, however the call ends.
+#
+# The sandbox does not protect from these:
+#
+#   - bugs of the kernel or of bubblewrap, and what processor caches give away;
+#   - up to 6 processes that each use all their time and memory (3 GB in all);
+#   - for a moment, more memory in the kernel, for many small files (only a cgroup bounds that);
+#   - a program that reads what lies under /usr/lib.
+#
+# Two processes of ours take part. `python` starts bubblewrap, and reads what the program prints.
+# `_supervise` runs inside the sandbox, starts the program, and ends it.
+
+# Limits of each process of a program, by the names of setrlimit(2): seconds of processor time,
+# bytes of memory, bytes of a file, open files. NPROC alone is for the whole program: its processes
+# and threads, and two more that are not its own.
 _LIMITS = {"CPU": 5, "AS": 512 * 2**20, "FSIZE": 16 * 2**20, "NOFILE": 64, "NPROC": 8,
            "CORE": 0, "MSGQUEUE": 0}
 # Of a whole program:
@@ -790,7 +804,7 @@ _SCRATCH = 64 * 2**20  # bytes of the scratch folder, which lies in memory
 # As many programs run at once as we may use cores. With more, all of them would be late. All event
 # loops share this bound. (macOS cannot tell the number, and has no sandbox.)
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-_SANDBOXES = concurrent.futures.ThreadPoolExecutor(_CORES, "sandbox")
+_FREE_CORES = threading.Semaphore(_CORES)
 
 
 async def python(code: str) -> str:
@@ -806,46 +820,35 @@ async def python(code: str) -> str:
     Raises:
         ChildProcessError: The program failed or was stopped; with the last ten lines it wrote.
         RuntimeError: There is no sandbox here. The program was not run.
-
-    The code may use 5 seconds of processor time in each of its processes, and 8 seconds by the
-    clock in all. As many programs run at once as there are cores. The others wait for their turn,
-    and their time limits begin when they start.
-
-    Each call gets a new sandbox, which bubblewrap builds, also when we are root. Inside, a program
-
-    - reads only the files of the system's Python, and writes only in a scratch folder;
-    - cannot see or signal other processes, nor reach a network or a socket;
-    - cannot read our environment variables, nor gain rights;
-    - cannot exceed the limits above, nor outlive the call, however the call ends.
-
-    The sandbox does not protect from these:
-
-    - bugs of the kernel or of bubblewrap, and what processor caches give away;
-    - up to 6 processes that each use all their time and memory (3 GB in all);
-    - for a moment, more memory in the kernel, for many small files (only a cgroup bounds that);
-    - a program that reads what lies under /usr/lib.
-
-    What a program prints is untrusted, like every observation.
     """
-    loop, turn, stop = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-
-    def run() -> tuple[bytes, int]:
-        loop.call_soon_threadsafe(turn.set)  # raises if the loop is closed: nobody waits any more
-        return _run_program(code, stop)
-
-    job = _SANDBOXES.submit(run)
-    ended = asyncio.wrap_future(job)
+    await wait_for_core()
+    stop = threading.Event()
+    ended = in_thread(lambda: _run_program(code, stop))
     try:
-        await wait_for_turn(turn)
         await asyncio.wait({ended})
-    except asyncio.CancelledError:
+    finally:
+        # If we are cancelled, tell the program to stop, and wait until it has, even if we are
+        # cancelled once more. Nothing may outlive the call.
         stop.set()
-        has_begun = not job.cancel()
-        while has_begun and not ended.done():  # wait on, even when cancelled once more
+        while not ended.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({ended})
-        raise
+        _FREE_CORES.release()
     return _report(*ended.result())
+
+
+async def wait_for_core() -> None:
+    """Take one of `_FREE_CORES`. While a program waits for it, its ten seconds must not run.
+
+    So each time that we wait, we put off the time limit of the call by as long. `_in_time` leaves
+    its limit in a context variable, which also reaches a `python` that another tool calls.
+    """
+    pause, now, limit = 0.02, asyncio.get_running_loop().time, _running_limit.get()
+    left = limit.when() - now() if limit else 0.0
+    while not _FREE_CORES.acquire(blocking=False):
+        if limit:
+            limit.reschedule(now() + pause + left)
+        await asyncio.sleep(pause)
 
 
 def _report(printed: bytes, status: int) -> str:
@@ -962,7 +965,8 @@ def _supervise(limits: dict[str, int], seconds: float) -> None:
         python = sys.executable
         os.execv(python, [python, "-I", "-S", "-B", "-X", "utf8", "/code.py"])
     ended = os.pidfd_open(program)
-    # 0 is our input. It can be read when _run_program writes to it, or when it no longer exists.
+    # Any byte on our standard input (0), or its end, means: stop. `_run_program` writes some, and
+    # the input ends if the process that started the sandbox dies.
     ready, _, _ = select.select([0, ended], [], [], seconds)
     code = 124  # as timeout(1) has it
     if ended in ready:
@@ -1007,9 +1011,11 @@ def _system_call_filter() -> bytes:
     machine = platform.machine()
     column = list(_MACHINES).index(machine)
     # 32-bit code and x32 use other numbers for the same calls. A program that tries them is killed.
-    lines = [(load, 0, 0, at_machine), (if_equal, 1, 0, _MACHINES[machine]), (answer, 0, 0, kill),
-             (load, 0, 0, at_call_number), (if_at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]
-    for numbers in _FORBIDDEN.values():
+    lines = [(load, 0, 0, at_machine),
+             (if_equal, 1, 0, _MACHINES[machine]), (answer, 0, 0, kill),  # if equal, skip the kill
+             (load, 0, 0, at_call_number),
+             (if_at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # if below (not x32), skip it
+    for numbers in _FORBIDDEN.values():  # if it is another call, skip the refusal
         lines += [(if_equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
     lines.append((answer, 0, 0, allow))
     return b"".join(struct.pack("=HBBI", *line) for line in lines)
@@ -1031,11 +1037,9 @@ def _demo() -> None:
     bad = [format_call("calculator", expression="9**9**9"), format_call("wait"),
            format_call("calculator", expression=1), "<tool_call>\n{oops}\n</tool_call>"]
     text = "\n".join([f"<think>Or {bad[0]}?</think>{good}", *bad])
-    message = parse(text, tools)
     print(f"\nA message, as a model in training might write it:\n{text}\n\nTaken apart, and run:")
-    print(f"  thinking {message.thinking!r}\n  text {message.text!r}")
-    observations = asyncio.run(run_calls(message.calls, tools, timeout=0.2))
-    for call, observation in zip(message.calls, observations):
+    calls = parse(text, tools).calls
+    for call, observation in zip(calls, asyncio.run(run_calls(calls, tools, timeout=0.2))):
         print(f"  {call}\n    -> {observation.text!r}")
 
 

@@ -4,7 +4,7 @@
     python tests/evidence.py runs/1 runs/2 --without runs/4 runs/5    # and of the same without the mechanisms:
     python train.py --seed 1 --env calculator:tool=0 lookup:open=0 maze:map=0 chain:think=0 recall:notes=0 mastermind:feedback=0
 
-A row per environment: success at temperature 1 on 200 held-out tasks that no setting was chosen on (env.for_final_figures). The
+A row per environment: success at temperature 1 on 200 held-out tasks that no setting was chosen on (env.split). The
 columns: acting at random, the demonstrator, the model after imitation, after imitating only what
 succeeded (from the same checkpoint, with as many updates as fit the time that the run spent on
 rollouts and updates), after reinforcement learning, the same without the mechanism, and a scripted

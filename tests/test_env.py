@@ -1,6 +1,7 @@
 """env.py: how environments are found, split and checked. What they ask and pay for is in test_tasks.py."""
 
 import asyncio
+import collections
 import doctest
 import itertools
 import os
@@ -20,10 +21,9 @@ from env import (
     EnvError,
     check_env,
     demonstrator,
-    for_final_figures,
-    held_out,
     make_env,
     seeds,
+    split,
     task_hash,
     tasks_of,
 )
@@ -55,7 +55,7 @@ def test_one_task_in_five_is_held_out_for_ever(spec):
     factory = make_env(spec)
     environment = factory()
     tasks = [environment.reset(seed) for seed in range(1000)]
-    assert 0.15 < sum(map(held_out, tasks)) / 1000 < 0.25
+    assert 0.15 < sum(split(task) != "train" for task in tasks) / 1000 < 0.25
     training = itertools.islice(tasks_of(factory, evaluation=False), 200)
     evaluation = itertools.islice(tasks_of(factory, evaluation=True, start=10**6), 50)
     assert not {task_hash(task) for _, task in training} & {task_hash(task) for _, task in evaluation}
@@ -73,12 +73,11 @@ def test_seeds_begin_where_they_are_told():
 def test_final_figures_are_of_tasks_that_nothing_was_chosen_on():
     """Half of those held out. Settings were chosen on the very tasks that the evidence was of."""
     factory = make_env("calculator")
-    sides = {}
-    for final in (False, True):
-        sides[final] = [task for _, task in itertools.islice(tasks_of(factory, evaluation=True, final=final), 100)]
-    assert all(map(held_out, sides[False] + sides[True])) and not {*sides[False]} & {*sides[True]}
-    share = sum(for_final_figures(task) for task in map(factory().reset, range(2000))) / 2000
-    assert 0.08 < share < 0.12
+    for final, side in ((False, "tune"), (True, "final")):
+        found = itertools.islice(tasks_of(factory, evaluation=True, final=final), 100)
+        assert {split(task) for _, task in found} == {side}
+    counts = collections.Counter(split(task) for task in map(factory().reset, range(2000)))
+    assert 160 < counts["tune"] < 240 and 160 < counts["final"] < 240
 
 
 def test_the_same_seed_gives_the_same_task_in_every_process():
@@ -98,7 +97,8 @@ def test_a_reset_that_hangs_costs_its_seed_only(monkeypatch):
     """The search for tasks stood still for ever. What hangs may still change its instance, so a new one goes on."""
     monkeypatch.setattr(env, "CALL_SECONDS", 0.2)
 
-    hangs = next(seed for seed in range(100) if not held_out(str(seed)))  # it would be a task to train on
+    training = [seed for seed in range(100) if split(str(seed)) == "train"]
+    hangs = training[0]
 
     class Slow(Fine):
         def reset(self, seed):
@@ -107,8 +107,7 @@ def test_a_reset_that_hangs_costs_its_seed_only(monkeypatch):
             return str(seed)
 
     found = [seed for seed, _ in itertools.islice(env.tasks_of(Slow, evaluation=False), 12)]
-    expected = [seed for seed in range(100) if seed != hangs and not held_out(str(seed))]
-    assert found == expected[:12]
+    assert found == training[1:13]
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
@@ -117,7 +116,7 @@ def test_an_environment_with_too_few_tasks_ends_the_search(evaluation):
 
     class Few(Fine):
         def reset(self, seed):
-            return next(text for text in map(str, range(100)) if held_out(text) != evaluation)
+            return next(text for text in map(str, range(100)) if (split(text) == "train") == evaluation)
 
     kind = "held out" if evaluation else "to train on"
     said = f"Few has too few tasks: of 2000 seeds up to 2006 none gives one that is {kind}"
@@ -130,8 +129,8 @@ def test_a_search_for_tasks_ends_after_the_last_one():
 
     class Ends(Fine):
         def reset(self, seed):
-            kind = seed > 20
-            return next(text for text in map(str, range(seed, 10**6)) if held_out(text) == kind)
+            texts = map(str, range(seed, 10**6))
+            return next(text for text in texts if (split(text) == "train") == (seed <= 20))
 
     found = seeds(Ends, evaluation=False)
     assert list(itertools.islice(found, 21)) == list(range(21))
@@ -183,7 +182,7 @@ def test_a_reset_that_always_fails_ends_the_search_with_one_line(reset, last, mo
 
 def test_a_task_with_half_a_character_is_on_one_side_of_the_split():
     """A text that no file can hold: its hash raised."""
-    assert held_out("\ud800") in (False, True) and task_hash("\ud800") == task_hash("?")
+    assert split("\ud800") == split("?") and task_hash("\ud800") == task_hash("?")
 
 
 def test_make_env_reads_difficulty():

@@ -4,12 +4,9 @@ import asyncio
 import collections
 import doctest
 import math
-import os
 import pathlib
 import random
 import re
-import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,10 +21,9 @@ from tools import Call, run_calls, schema, tools_of
 HERE = pathlib.Path(memory.__file__).parent
 
 
-def python(script, *arguments):
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=HERE, stdin=pipe, stdout=pipe, text=True)
+def written(notes):
+    """Every note, in the order of writing."""
+    return [text for (text,) in notes._db.execute("SELECT text FROM notes ORDER BY rowid")]
 
 
 def test_the_oldest_turns_leave_and_no_more_than_needed():
@@ -35,8 +31,8 @@ def test_the_oldest_turns_leave_and_no_more_than_needed():
     rng = random.Random(0)
     for _ in range(2000):
         turns = [rng.randrange(30) for _ in range(rng.randrange(8))]
-        fixed, window, free = rng.randrange(20), rng.randrange(20, 240), rng.randrange(150)
-        limit = window - free
+        fixed, window, reserved = rng.randrange(20), rng.randrange(20, 240), rng.randrange(150)
+        limit = window - reserved
         if fixed > limit:
             continue
         fitting = [len(turns)]
@@ -45,7 +41,7 @@ def test_the_oldest_turns_leave_and_no_more_than_needed():
             most = limit if newest_only else min(limit, window // 2)
             if fixed + sum(turns[leave:]) <= most:
                 fitting.append(leave)
-        assert turns_to_drop(fixed, turns, window, free) == min(fitting)
+        assert turns_to_drop(fixed, turns, window, reserved) == min(fitting)
 
 
 def test_an_old_turn_never_stays_without_the_newer_ones():
@@ -58,8 +54,8 @@ def test_an_old_turn_never_stays_without_the_newer_ones():
 def test_the_newest_turn_may_fill_more_than_half_of_the_window():
     """Else a long observation is gone before the agent reads it, and it asks for the same again."""
     assert turns_to_drop(0, [1, 1, 100], 100) == 2
-    assert turns_to_drop(10, [1, 60], 100, free=30) == 1
-    assert turns_to_drop(10, [1, 61], 100, free=30) == 2
+    assert turns_to_drop(10, [1, 60], 100, reserved=30) == 1
+    assert turns_to_drop(10, [1, 61], 100, reserved=30) == 2
 
 
 def test_a_window_too_small_for_the_task_is_an_error_with_numbers():
@@ -67,14 +63,14 @@ def test_a_window_too_small_for_the_task_is_an_error_with_numbers():
     with pytest.raises(ValueError, match="11 .*10"):
         turns_to_drop(11, [1], 10)
     with pytest.raises(ValueError, match="11 .*10"):
-        turns_to_drop(11, [1], 40, free=30)
+        turns_to_drop(11, [1], 40, reserved=30)
 
 
 def test_notes_come_back_best_first():
     notes = Notes()
     notes.add("The code of the door is 4711.", "Anna has the key.", "Tea is at five.")
     notes.add("Anna, Anna, Anna!")
-    assert len(notes) == 4 and notes.all()[0] == "The code of the door is 4711."
+    assert len(notes) == 4 and written(notes)[0] == "The code of the door is 4711."
     assert notes.search("what is the CODE of the door?", top=1) == ["The code of the door is 4711."]
     assert notes.search("anna") == ["Anna, Anna, Anna!", "Anna has the key."]
     assert notes.search("nobody") == []
@@ -95,8 +91,8 @@ def test_any_text_is_a_query_and_a_note(text):
     notes = Notes()
     notes.add("a note")
     notes.add(text)
-    assert len(notes) == 2 and notes.all()[1] == text.encode("utf-8", "replace").decode()
-    assert set(notes.search(text)) <= set(notes.all())
+    assert len(notes) == 2 and written(notes)[1] == text.encode("utf-8", "replace").decode()
+    assert set(notes.search(text)) <= set(written(notes))
 
 
 def test_a_query_holds_each_word_once_and_not_too_many():
@@ -111,14 +107,14 @@ def test_notes_that_cannot_be_written_leave_none_behind():
     notes = Notes()
     with pytest.raises(AttributeError):
         notes.add("first", None)
-    assert notes.all() == []
+    assert written(notes) == []
 
 
 def test_notes_in_memory_are_not_shared():
     """Two episodes that shared one store copied each other's answers."""
     one, other = Notes(), Notes()
     one.add("mine")
-    assert other.all() == []
+    assert written(other) == []
 
 
 def test_threads_share_one_object():
@@ -133,76 +129,7 @@ def test_threads_share_one_object():
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(notes.all()) == sorted(f"{n} {k}" for n in range(4) for k in range(50))
-
-
-def test_a_file_outlives_the_object(tmp_path):
-    path = tmp_path / "notes.db"
-    Notes(path).add("kept")
-    again = Notes(str(path))
-    assert again.all() == ["kept"] and again.search("kept") == ["kept"]
-    assert os.listdir(tmp_path) == ["notes.db"], "one file is all there is to copy"
-    assert again._db.execute("PRAGMA synchronous").fetchone() == (2,), "full: also with the power"
-    with pytest.raises(sqlite3.OperationalError):
-        Notes(tmp_path / "no" / "such" / "folder.db")
-
-
-def test_opening_waits_for_another_that_writes(tmp_path):
-    """Under load, "database is locked" came at once where no time-out held."""
-    other = sqlite3.connect(tmp_path / "notes.db", isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN IMMEDIATE")
-    other.execute("CREATE TABLE other (x)")
-    timer = threading.Timer(0.2, other.close)
-    timer.start()
-    Notes(tmp_path / "notes.db").add("kept")
-    timer.join()
-    assert Notes(tmp_path / "notes.db").all() == ["kept"]
-
-
-def test_processes_that_write_at_once_lose_nothing(tmp_path):
-    """All open a new file at the same moment: "database is locked" while they create the table."""
-    script = """
-import sys, memory
-print("ready", flush=True)
-sys.stdin.readline()
-notes = memory.Notes(sys.argv[1])
-for k in range(50):
-    notes.add(f"{sys.argv[2]} {k}")
-"""
-    for trial in range(3):  # a new file each time: the race is in its creation
-        path = tmp_path / f"{trial}.db"
-        writers = [python(script, path, n) for n in range(3)]
-        assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 3
-        for writer in writers:
-            writer.stdin.write("go\n")
-            writer.stdin.close()
-        assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
-        for writer in writers:
-            writer.stdout.close()
-        notes = Notes(path).all()
-        for n in range(3):  # each one's notes in the order of its writing
-            own = [note for note in notes if note.startswith(f"{n} ")]
-            assert own == [f"{n} {k}" for k in range(50)]
-        assert len(notes) == 150
-
-
-def test_a_note_is_kept_when_its_process_is_killed(tmp_path):
-    """kill -9 after `add`: an open transaction, or a commit left to `close`, would lose it."""
-    script = """
-import sys, memory
-notes = memory.Notes(sys.argv[1])
-for k in range(10**6):
-    notes.add(f"note {k}")
-    print(k, flush=True)
-"""
-    with python(script, tmp_path / "notes.db") as writer:
-        acknowledged = [int(writer.stdout.readline()) for _ in range(20)]
-        os.kill(writer.pid, signal.SIGKILL)
-        acknowledged += [int(line) for line in writer.stdout.read().split()]
-    assert writer.returncode == -signal.SIGKILL
-    kept = Notes(tmp_path / "notes.db").all()
-    assert len(kept) - len(acknowledged) in (0, 1), "at most one was kept, but not yet printed"
-    assert kept == [f"note {k}" for k in range(len(kept))]
+    assert sorted(written(notes)) == sorted(f"{n} {k}" for n in range(4) for k in range(50))
 
 
 # ---- search ----

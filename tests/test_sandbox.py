@@ -27,7 +27,7 @@ import pytest
 
 import tools
 from agent import Agent, Chat, Script, small_tokenizer
-from env import EnvError, check_env, demonstrator, held_out, make_env
+from env import EnvError, check_env, demonstrator, make_env, split
 from tools import Call, format_call, parse, run_calls, schema
 
 # On a contributor's machine without bubblewrap they are skipped; where CI is set it has to be there, and they fail.
@@ -417,12 +417,12 @@ def two_at_once(monkeypatch):
             running.remove(code)
 
     monkeypatch.setattr(tools, "_run_program", run)
-    monkeypatch.setattr(tools, "_SANDBOXES", ThreadPoolExecutor(2))
+    monkeypatch.setattr(tools, "_FREE_CORES", threading.Semaphore(2))
     return beside
 
 
 @needs_bubblewrap
-def test_programs_wait_for_their_turn_and_the_wait_does_not_count(two_at_once):
+def test_programs_wait_for_a_free_core_and_the_wait_does_not_count(two_at_once):
     """All of 128 at once took longer than 10 s, for they were in each other's way.
 
     Here: two event loops, one bound for both, and a tool that hands on to `python`, as an
@@ -628,7 +628,7 @@ def test_the_environment_fits_the_interface():
     assert demonstrator(code()).__name__ == "demonstrate_code"
     environment = code()()
     tasks = {environment.reset(seed) for seed in range(400)}
-    assert len(tasks) > 390 and 0.14 < sum(map(held_out, tasks)) / len(tasks) < 0.26
+    assert len(tasks) > 390 and 0.14 < sum(split(task) != "train" for task in tasks) / len(tasks) < 0.26
     with pytest.raises(EnvError, match="largest must be at least 1000"):
         code(largest=10)()
 

@@ -253,7 +253,7 @@ def test_no_guess_after_the_last_one():
     environment = make_env("mastermind")()
     for seed in range(20):
         environment.reset(seed)
-        right, wrong = environment._code, f"{(int(environment._code) + 1) % 10**4:04}"
+        right, wrong = environment._secret, f"{(int(environment._secret) + 1) % 10**4:04}"
         guesses = {code: format_call("guess", code=code) for code in (right, wrong, "12", "12345", "abcd", "１２３４", "-123")}
         episode = play((environment, seed), [guesses[wrong] * 4 + guesses[right]])
         assert (episode.reward, episode.tool_errors, episode.finish) == (0, 1, "env_done")
@@ -271,7 +271,7 @@ def test_the_number_of_a_safe_says_nothing_about_its_code():
     environment, codes, numbers = make_env("mastermind")(), [], []
     for seed in range(2000):
         numbers.append(re.match(r"Safe (\d{6}) has", environment.reset(seed))[1])
-        codes.append(environment._code)
+        codes.append(environment._secret)
     for place in range(4):
         assert all(150 < count < 250 for count in Counter(code[place] for code in codes).values())
         for other in range(6):
@@ -368,7 +368,7 @@ def test_without_feedback_the_safe_says_nothing_about_digits():
     for feedback in (0, 1):
         environment = make_env(f"mastermind:feedback={feedback}")()
         environment.reset(0)
-        code = environment._code
+        code = environment._secret
         off = code.translate(str.maketrans("0123456789", "1234567899"))
         said = " ".join("right" if digit == "9" else "high" for digit in code)
         assert environment.guess(off) == (said if feedback else "That is wrong.")
@@ -380,7 +380,7 @@ def test_mastermind_grades_each_digit():
     environment = make_env("mastermind")()
     for seed in range(50):
         environment.reset(seed)
-        code = environment._code
+        code = environment._secret
         guess = str(Random(seed).randrange(1000, 10**4))
         said = environment.guess(guess).split()
         assert guess == code or said == [{-1: "low", 0: "right", 1: "high"}[(g > c) - (g < c)] for g, c in zip(guess, code)]
@@ -585,7 +585,7 @@ def test_behaviour_of_the_later_ones():
     free, start, goal, _ = read_map(environment.reset(0))
     for way in ([goal], shortest(free, start, goal)):
         environment.walk(" ".join(map(name, way)))
-    assert environment.behaviour == {"moves over the shortest": 1, "bumps": 1}
+    assert environment.behaviour == {"moves left": 1, "bumps": 1}
     environment = make_env("chain")()
     for step, given in ((6, None), (0, "twelve"), (5, None)):
         environment.reset(3)
@@ -599,7 +599,7 @@ def test_behaviour_of_the_later_ones():
     assert environment.behaviour == {"pages": 4, "notes": 2, "useful notes": 1} and environment.state.startswith("5 | It rained.")
     environment = make_env("mastermind")()
     environment.reset(0)
-    code = environment._code
+    code = environment._secret
     for guess in (wrong := f"{(int(code) + 1) % 10**4:04}", wrong, code):
         environment.guess(guess)
     assert environment.behaviour == {"guesses": 3, "consistent guesses": 2 / 3}, "the second one was known to be wrong"
