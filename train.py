@@ -9,23 +9,16 @@
     python train.py --eval-only runs/0               # score a finished run
     torchrun --nproc-per-node 2 train.py             # several processes, one for each GPU
 
-`train` reads like the algorithm:
-
-    imitate demonstrations                           # learns the format; most of them fail the task
-    repeat: choose tasks                             # choose_tasks
-            roll out groups of episodes              # rollout.py, agent.py, env.py
-            compare the episodes of each group       # grpo.make_rows
-            update the weights                       # grpo.update
-    evaluate on held-out tasks
+`plain_train` is the algorithm: imitate demonstrations, then repeat `train_step`, then evaluate on
+held-out tasks. Read down to the first line of ====, and you know what a run does. Then come the
+parts that it calls. Below the second line of ====, `train` makes the same run, but writes it down,
+can be killed and resumed, and works in several processes.
 
 A run leaves a folder runs/NAME: run.json (options), metrics.jsonl (a line per step),
 episodes.jsonl.gz (every episode, token by token), checkpoints/, model/ (a Hugging Face folder),
 scores.json (held-out successes, task by task) and, last of all, summary.json. A run may be killed
 at any instant. When it is resumed, it ends with the same bits as a run that was never stopped, if
 its tools are quick (`--rejoin-window`).
-
-Several processes do the same things in the same order. Each plays its share of the episodes and
-computes its share of an update. Only the first one writes.
 
 Left out: a search for learning rates, and dashboards.
 """
@@ -47,12 +40,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
-from itertools import chain, count, cycle, islice
+from functools import partial, wraps
+from itertools import chain, count, cycle, islice, product
 from pathlib import Path
 from random import Random
 from statistics import fmean, pstdev
-from typing import IO, Literal
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -68,122 +62,97 @@ from grpo import GRPOConfig, gather, option, ranks
 from rollout import Endpoint, Engine, play, small_model
 from tools import schema, tools_of
 
-RUNS = Path("runs")
-METRICS, EPISODES = "metrics.jsonl", "episodes.jsonl.gz"  # files of a run that grow with every step
-KEEP = 3  # newest checkpoints that stay, beside the first
 
-WARM_BATCH = 44  # demonstrations per update of the warm start
+def plain_train(setup: "Setup") -> tuple["Scores", "Scores"]:
+    """A run without files, in one process. Returns its scores before and after RL.
+
+    `setup` holds the options (`config`), the model, the engine that samples from it, and for each
+    environment a function that makes it. The KL term to the model before RL is left out.
+    """
+    warm_start(setup)  # imitate demonstrations: learns how to call tools, and fails most tasks
+    progress = Progress(before=evaluate(setup))  # on tasks that are never trained on
+    optimizer = make_optimizer(setup)
+    for _ in range(setup.config.total_steps):
+        train_step(setup, optimizer, progress)
+    return progress.before, evaluate(setup)
+
+
+def train_step(setup: "Setup", optimizer, progress: "Progress") -> "Step":
+    """One step of RL: a batch of episodes, and `epochs` optimizer steps on it.
+
+    A run has `total_steps` of them: `--steps` times the number of environments.
+    """
+    config, step = setup.config, progress.step + 1
+    tasks = choose_tasks(setup, progress)  # pairs (environment, seed)
+    episodes = roll_out(setup, tasks, step, config.group_size, config.temperature)
+
+    # A row: tokens to train, each with an advantage. It compares an episode with its group.
+    rows, advantages, signal_report = grpo.make_rows(episodes, config)
+    # The learning rate falls quadratically to 0 at the end of the run.
+    lr = config.lr * (1 - progress.step / config.total_steps) ** 2
+    optimizer.param_groups[0]["lr"] = lr
+    report = grpo.update(setup.model, optimizer, rows, config, config.temperature, setup.reference)
+
+    progress.step = step
+    # dict.update keeps the last pair of each environment: its next step begins after its largest
+    # seed.
+    progress.next_seed.update((env, seed + 1) for env, seed in tasks)
+    return Step(episodes, advantages, {"step": step, "lr": lr, **signal_report, **report})
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    before: "Scores"  # after the warm start
+    step: int = 0  # steps of RL that are complete
+    next_seed: dict[str, int] = field(default_factory=dict)  # where an environment's tasks go on
+    warmup_seconds: float = 0.0
+
+
+@dataclass
+class Step:
+    """What a step of RL was like, for the log."""
+
+    episodes: list[Episode]
+    advantages: list[float]  # one for each episode
+    report: dict[str, float]
+
+
+def make_optimizer(setup: "Setup") -> torch.optim.Optimizer:
+    """Of RL. It trains the model's weights, or float32 copies of them: grpo.masters."""
+    weights = grpo.masters(setup.model)
+    return torch.optim.AdamW(weights, lr=setup.config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+# ==================================================================================================
+# That is a run. Next: its options, then the parts that it calls.
+# ==================================================================================================
+
+# A task is made from its seed. The seeds of a run begin at:
+#
+#     evaluation                 0 (the same tasks in every run)
+#     reinforcement learning     (--seed + 1) * TRAINING_SEEDS
+#     demonstrations             (--seed + 1) * DEMONSTRATION_SEEDS
+#
+# A task that is held out for evaluation is never trained on, whatever its seed (env.held_out).
+TRAINING_SEEDS, DEMONSTRATION_SEEDS = 10**6, 10**9
+
+Scores = dict[str, dict[str, list[int]]]  # see `evaluate`
+KEEP = 3  # newest checkpoints that stay, beside the first
+WARM_BATCH = 44  # demonstrations per step of the warm start
 MOST_DEMONSTRATIONS = 12000  # different ones; after that they are shown again
+MOST_OF_YOURS = 4000  # the same with --agent, as such agents may take 30 ms each
 # How often an environment is demonstrated, relative to the others. One that is hard to learn gets
 # more demonstrations, and one with long messages gets fewer. Yours: as many as the calculator.
 DEMONSTRATED = {"calculator": 12, "lookup": 7, "maze": 31, "chain": 20, "recall": 3,
                 "mastermind": 4}
-
-# What an episode costs, in optimizer steps of the warm start (measured in the default run).
-STEPS_PER_EPISODE = 0.05
 
 # Options whose best value depends on the model: one of random weights, or one that knows language.
 SMALL_MODEL = {"lr": 2.5e-4, "epochs": 3, "temperature": 1.1, "warmup_lr": 6e-3,
                "warmup_steps": 110, "context": 336}
 GIVEN_MODEL = {"lr": 5e-5, "epochs": 1, "temperature": 1.0, "warmup_lr": 1e-4,
                "warmup_steps": 12, "context": 700}
-
-
-def train(config: "Config") -> None:
-    """A new run, or the rest of one that was stopped. Raises UserError for bad input."""
-    # ----------------------------------------------------------------------------------------------
-    # The run's folder, the environments, the model
-
-    if config.resume and is_finished(config):
-        print(f"{config.resume} is finished: there is nothing to go on with")
-        return
-    clock, writes = Clock(), ranks()[0] == 0  # of several processes only the first one writes
-    run, lock, setup, checkpoint = open_run(config, writes)
-    config, model, tokenizer = setup.config, setup.model, setup.chat.tokenizer
-    grpo.share_weights(model)
-    weights = grpo.masters(model)
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    print(f"{run}: {sum(p.numel() for p in weights) / 1e6:.2f}M parameters, {config.device}, "
-          f"environments {', '.join(config.env)}")
-    print("options:", ", ".join(f"{name} {getattr(config, name)}" for name in defaults(config)))
-
-    # ----------------------------------------------------------------------------------------------
-    # Warm start: imitate demonstrations, right ones and wrong ones
-
-    if checkpoint:
-        state = restore(run, checkpoint, optimizer, clock, writes)
-    else:
-        clock.start("warm start")
-        warm_start(setup)
-        clock.start("evaluation")
-        # Other seeds than those of demonstrations, which begin at (seed + 1) * 10**9.
-        state = State(evaluate(setup), dict.fromkeys(config.env, (config.seed + 1) * 10**6))
-        if writes:
-            save(run, setup, state, optimizer, clock)
-    reference = load_reference(run, model) if config.kl_coef else None
-    ctrl_c = CtrlC()
-    print_scores(state.before, "before")
-
-    # ----------------------------------------------------------------------------------------------
-    # The loop: roll out, compare within groups, update
-
-    for step in range(state.step + 1, config.updates + 1):
-        clock.start("rollouts")
-        began = time.perf_counter()
-        tasks = choose_tasks(setup, state)
-        episodes = roll_out(setup, tasks, step, config.group_size, config.temperature)
-
-        clock.start("update")
-        # `rows` hold an advantage for each token. `advantages`, one per episode, are only logged.
-        rows, advantages, signal_report = grpo.make_rows(episodes, config)
-        remaining = 1 - (step - 1) / config.updates  # falls from 1 to nearly 0
-        lr = optimizer.param_groups[0]["lr"] = config.lr * remaining**2
-        report = grpo.update(model, optimizer, rows, config, config.temperature, reference)
-        state.step = step
-        # The seeds of an environment ascend, so its last one counts.
-        state.next_seed.update({env: seed + 1 for env, seed in tasks})
-
-        clock.start("log")
-        metrics = {"step": step, "seconds": time.perf_counter() - began, "lr": lr,
-                   **measure(episodes), **signal_report, **report}
-        metrics["tokens_per_second"] = metrics["sampled_tokens"] / metrics["seconds"]
-        print(metric_line(metrics))
-        if step % 20 == 0:
-            print(transcript(max(episodes, key=lambda e: (e.success, e.turns)), tokenizer))
-        stop = any(gather(ctrl_c.pressed))
-        if writes:
-            write_step(run, metrics, episodes, advantages)
-            if step % config.save_every == 0 or step == config.updates or stop:
-                save(run, setup, state, optimizer, clock)
-        if stop:
-            how = f"stopped after step {step}. To go on: python train.py --resume {run}"
-            sys.exit(how if writes else 1)
-
-    # ----------------------------------------------------------------------------------------------
-    # What it learned: evaluation and summary
-
-    clock.start("evaluation")
-    after = evaluate(setup)
-    print_scores(state.before, "before")
-    print_scores(after, "after")
-    if writes:
-        write_results(run, setup, state.before, after, clock)
-        lock.close()
-
-
-def score(config: "Config") -> None:
-    """--eval-only: score a run's model on the held-out tasks."""
-    run, stored = read_run(config.eval_only)
-    folder = run / "model" if (run / "model").is_dir() else newest_checkpoint(run)
-    if folder is None:
-        raise UserError(f"{run} has no model yet: it stopped in its warm start, and --resume {run} "
-                        "begins that again")
-    stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
-    print_scores(evaluate(make_setup(stored, folder)), "score")
-
-
-# --------------------------------------------------------------------------------------------------
-# Options
 
 
 class UserError(ValueError):
@@ -201,28 +170,25 @@ class Config(GRPOConfig):
 
     env: list[str] = field(default_factory=lambda: [*ENVIRONMENTS], metadata={
         "help": "environments: NAME, NAME:argument=value,..., or FILE.py:Class"})
-    agent: str = option("", "FILE.py:function: an agent of yours, solve(task, tools, base_url), or "
-                            "a workflow(agent) (tests/README.md)")
+    agent: str = option("", "FILE.py:function: an agent of yours (see tests/README.md)")
     model: str = option("", "folder or hub id of a causal language model; empty: a small one")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
-    steps: int = option(15, "reinforcement learning: steps (batches of episodes), times the number "
-                            "of environments")
-    tasks_per_step: int = option(18, "tasks per step; the environments take turns")
+    steps: int = option(15, "RL: batches of episodes, times the number of environments")
+    tasks_per_step: int = option(18, "tasks per step, an equal share of each environment")
     group_size: int = option(8, "attempts at each task")
-    lr: float | None = by_model("lr", "reinforcement learning: learning rate; it falls to 0")
+    lr: float | None = by_model("lr", "RL: the learning rate at the start; it falls to 0")
     epochs: int | None = by_model("epochs", "optimizer steps per batch of episodes")
     negative_weight: float | None = option(
         None, "factor of advantages below 0 (1 as in GRPO; small model, built-in tasks: 0.1)")
-    warmup_steps: int | None = by_model(
-        "warmup_steps", "imitation: optimizer steps, times the number of environments")
+    warmup_steps: int | None = by_model("warmup_steps", "imitation: optimizer steps, times these")
     warmup_lr: float | None = by_model("warmup_lr", "imitation: the learning rate stays below this")
     max_turns: int = option(10, "messages the model may write in an episode")
     max_new_tokens: int = option(64, "tokens in one message")
     context: int | None = by_model("context", "tokens in one segment, the newest message included")
     slots: int | None = option(None, "contexts decoded at once (all of a step, but at most 128)")
-    rejoin_window: float | None = option(None, "seconds to wait for quick tools, so that a run "
-                                         "repeats exactly (0.25; environments of yours: 0)")
+    rejoin_window: float | None = option(
+        None, "seconds to wait for quick tools: a run repeats exactly (0.25; yours: 0)")
     tool_timeout: float = option(10.0, "seconds a tool call may take")
     temperature: float | None = by_model("temperature", "of sampling in training")
     eval_tasks: int = option(200, "held-out tasks per environment, before and after")
@@ -235,13 +201,13 @@ class Config(GRPOConfig):
     recompute: bool = option(False, "compute layers again in the backward pass: less memory")
 
     @property
-    def updates(self) -> int:
+    def total_steps(self) -> int:
         """Steps of reinforcement learning, for all environments together."""
         return self.steps * len(self.env)
 
     @property
-    def warmup_updates(self) -> int:
-        """Optimizer steps of imitation, for all environments together."""
+    def total_warmup_steps(self) -> int:
+        """Steps of imitation, for all environments together. Each is one optimizer step."""
         return self.warmup_steps * len(self.env)
 
 
@@ -290,62 +256,64 @@ def check_options(config: Config) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rolling out
+# What a run works with
 
 
 @dataclass
-class YourAgent:
-    """What --agent names."""
+class Player:
+    """Who plays: our agent loop, or what --agent names."""
 
-    function: Callable
-    demonstrator: Callable | None  # `demonstrate_<function>` beside it
-    endpoint: Endpoint
-
-    @property
-    def is_workflow(self) -> bool:
-        """It takes our Agent, not a task, tools and a URL."""
-        return len(inspect.signature(self.function).parameters) == 1
+    make: Callable = Agent  # makes an agent of an LLM, a Chat and options
+    endpoint: Endpoint | None = None  # where an agent that is not made of ours finds the policy
+    demonstrator: Callable | None = None  # `demonstrate_<function>` beside your function
 
 
 @dataclass
 class Setup:
-    """What episodes are made with."""
+    """What a run works with. Demonstrations need no model."""
 
     config: Config
     envs: dict[str, Callable]  # name: a function that makes the environment
-    chat: Chat  # messages to tokens
-    yours: YourAgent | None = None
+    player: Player = field(default_factory=Player)
+    chat: Chat | None = None  # messages to tokens
     model: torch.nn.Module | None = None
-    engine: Engine | None = None  # samples from the model; demonstrations need neither
+    engine: Engine | None = None  # samples from the model
+    reference: torch.nn.Module | None = None  # the model before RL, if there is a KL term
 
     def agent(self, llm, temperature: float = 1.0) -> Agent:
-        c, yours = self.config, self.yours
-        options = {"max_turns": c.max_turns, "max_new_tokens": c.max_new_tokens,
-                   "context": c.context, "temperature": temperature, "tool_timeout": c.tool_timeout}
-        if yours is None:
-            return Agent(llm, self.chat, **options)
-        if yours.is_workflow:
-            return Agent(llm, self.chat, workflow=yours.function, **options)
-        return OutsideAgent(yours.function, yours.endpoint, llm, self.chat, **options)
-
-    def demonstrating_agent(self, messages: Iterator[str]) -> Agent:
-        """An agent whose policy writes these messages."""
-        agent = self.agent(Script(self.chat, messages))
-        if self.yours and self.yours.demonstrator and not self.yours.is_workflow:
-            agent.recite(messages)
-        return agent
+        c = self.config
+        return self.player.make(llm, self.chat, max_turns=c.max_turns, context=c.context,
+                                max_new_tokens=c.max_new_tokens, temperature=temperature,
+                                tool_timeout=c.tool_timeout)
 
     @property
-    def endpoint(self) -> Endpoint | None:
-        return self.yours and self.yours.endpoint
+    def demonstrators(self) -> dict[str, Callable]:
+        """Who writes demonstrations: a generator beside your agent, else one beside the task.
 
-    def demonstrator(self, env: str) -> Callable | None:
-        """Who writes demonstrations: a generator beside your agent, else one beside the task."""
-        return (self.yours and self.yours.demonstrator) or demonstrator(self.envs[env])
+        An environment without one is left out.
+        """
+        own = self.player.demonstrator
+        found = {env: own or demonstrator(factory) for env, factory in self.envs.items()}
+        return {env: generator for env, generator in found.items() if generator}
 
-    def demonstrated(self) -> list[str]:
-        """The environments that have a demonstrator."""
-        return [env for env in self.envs if self.demonstrator(env)]
+
+# --------------------------------------------------------------------------------------------------
+# Rolling out
+
+
+def choose_tasks(setup: Setup, progress: Progress) -> list[tuple[str, int]]:
+    """(environment, seed) of each task of the next step, an equal share of each environment.
+
+    What is left of a division goes to one environment after the other, step by step.
+    """
+    names, number = list(setup.envs), setup.config.tasks_per_step
+    places = range(progress.step * number, (progress.step + 1) * number)
+    counts = Counter(names[place % len(names)] for place in places)
+    first, tasks = (setup.config.seed + 1) * TRAINING_SEEDS, []
+    for env, factory in setup.envs.items():
+        training = seeds(factory, evaluation=False, start=progress.next_seed.get(env, first))
+        tasks += [(env, seed) for seed in islice(training, counts[env])]
+    return tasks
 
 
 def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: int,
@@ -363,7 +331,7 @@ def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: 
     setup.engine.forget()
     episodes = play_tasks(setup, tasks, size, attempt, setup.engine.slots, setup.engine)
     if all(e.error for e in episodes):  # else a run would learn nothing until its steps are spent
-        what = "agent or environment" if setup.yours else "environment"
+        what = "agent or environment" if setup.config.agent else "environment"
         raise UserError(f"the {what} failed in every episode of step {step}: {episodes[0].error}")
     return episodes
 
@@ -381,44 +349,14 @@ def play_tasks(setup: Setup, tasks: list[tuple[str, int]], size: int, attempt: C
         return episode
 
     rank, world = ranks()
-    starts = []
-    for group in range(rank, len(tasks), world):
-        starts += [partial(numbered, group, member) for member in range(size)]
-    played = chain(*gather(play(starts, at_once, engine, setup.endpoint)))
+    own = product(range(rank, len(tasks), world), range(size))  # pairs (group, member)
+    starts = [partial(numbered, *pair) for pair in own]
+    played = chain(*gather(play(starts, at_once, engine, setup.player.endpoint)))
     return sorted(played, key=lambda e: (e.group, e.member))
 
 
-def choose_tasks(setup: Setup, state: "State") -> list[tuple[str, int]]:
-    """(environment, seed) of each task of the next step. The environments take turns."""
-    names, number = list(setup.envs), setup.config.tasks_per_step
-    turns = range(state.step * number, (state.step + 1) * number)
-    counts = Counter(names[turn % len(names)] for turn in turns)
-    tasks = []
-    for env, factory in setup.envs.items():
-        training = seeds(factory, evaluation=False, start=state.next_seed[env])
-        tasks += [(env, seed) for seed in islice(training, counts[env])]
-    return tasks
-
-
-def evaluate(setup: Setup, final: bool = False) -> dict[str, dict[str, list[int]]]:
-    """Successes on held-out tasks, the same in every run.
-
-    Returns {environment: {"sampled": [0 or 1 for each task], "greedy": [...]}}. With `final`, the
-    tasks are others: those that no setting was chosen on (tests/evidence.py).
-    """
-    tasks = []
-    for env, factory in setup.envs.items():
-        held_out = seeds(factory, evaluation=True, final=final)
-        tasks += [(env, seed) for seed in islice(held_out, setup.config.eval_tasks)]
-    scores = {env: {"sampled": [], "greedy": []} for env in setup.envs}
-    for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        for episode in roll_out(setup, tasks, "evaluation", 1, temperature):
-            scores[episode.env][how].append(int(episode.success))
-    return scores
-
-
 # --------------------------------------------------------------------------------------------------
-# Warm start
+# Warm start: imitate demonstrations, right ones and wrong ones
 
 
 def warm_start(setup: Setup) -> None:
@@ -427,14 +365,15 @@ def warm_start(setup: Setup) -> None:
     if not any(counts.values()):
         print("no demonstrations: no warm start")
         return
-    shown = demonstrations(setup, counts, start=(setup.config.seed + 1) * 10**9)
-    imitate(setup.model, shown, setup.config)
+    start = (setup.config.seed + 1) * DEMONSTRATION_SEEDS
+    imitate(setup.model, demonstrations(setup, counts, start), setup.config)
 
 
 def demonstration_counts(setup: Setup) -> dict[str, int]:
     """How many demonstrations to make of each environment that has a demonstrator."""
-    weights = {env: DEMONSTRATED.get(env.partition(":")[0], 12) for env in setup.demonstrated()}
-    most = min(setup.config.warmup_updates * WARM_BATCH, MOST_DEMONSTRATIONS)
+    weights = {env: DEMONSTRATED.get(env.partition(":")[0], 12) for env in setup.demonstrators}
+    limit = MOST_OF_YOURS if setup.config.agent else MOST_DEMONSTRATIONS
+    most = min(setup.config.total_warmup_steps * WARM_BATCH, limit)
     return {env: round(most * weight / sum(weights.values())) for env, weight in weights.items()}
 
 
@@ -443,12 +382,16 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
 
     A demonstrator plays the policy, in the same agent loop. Raises UserError if it fails.
     """
+    generators = setup.demonstrators
+
     async def attempt(env: str, seed: int, member: int) -> Episode:
         environment = setup.envs[env]()
-        rng = Random(f"demonstration {setup.config.seed} {seed}")
-        messages = setup.demonstrator(env)(environment, rng)
+        messages = generators[env](environment, Random(f"demonstration {setup.config.seed} {seed}"))
+        agent = setup.agent(Script(setup.chat, messages))
+        if setup.player.endpoint and setup.player.demonstrator:
+            agent.recite(messages)
         try:
-            return await setup.demonstrating_agent(messages).run(environment, seed)
+            return await agent.run(environment, seed)
         except ValueError as e:
             raise UserError(f"{env}: its demonstrator fails: {e}") from e
 
@@ -466,61 +409,50 @@ def imitate(model, shown: list[Episode], config: Config) -> None:
 
     The cross-entropy is the policy gradient's loss with advantage 1 for all tokens.
     """
-    right, updates = fmean(e.success for e in shown), config.warmup_updates
+    right, steps = fmean(e.success for e in shown), config.total_warmup_steps
     print(f"warm start: {len(shown)} demonstrations, {right:.0%} of them right")
     options = replace(config, kind="reinforce", epochs=1, normaliser="token", kl_coef=0.0,
                       entropy_coef=0.0, tis_cap=None)
     optimizer, endless, began = Imitator(model, config), cycle(shown), time.perf_counter()
-    for step in range(1, updates + 1):
+    for step in range(1, steps + 1):
         rows = []
         for number, episode in enumerate(islice(endless, WARM_BATCH)):
             rows += grpo.episode_rows(episode, number, [1.0] * episode.turns)
-        optimizer.set_lr(step)
-        report = grpo.update(model, optimizer, rows, options)
+        optimizer.param_groups[0]["lr"] = config.warmup_lr * warmup_share(step, steps)
+        loss = grpo.update(model, optimizer, rows, options)["loss"]
         if step == 10 or step % 50 == 0:
-            minutes = (time.perf_counter() - began) / step / 60  # for each optimizer step
-            here = minutes * (updates - step)
-            later = minutes * STEPS_PER_EPISODE * episodes_to_play(config)
-            print(f"warm start {step} of {updates}: {report['loss']:.3f} nats per token, entropy "
-                  f"{report['entropy']:.3f}, about {here:.1f} minutes to go here, "
-                  f"{here + later:.1f} in all")
+            minutes = (time.perf_counter() - began) / step * (steps - step) / 60
+            print(f"warm start: step {step} of {steps}, loss {loss:.3f} nats per token, about "
+                  f"{minutes:.1f} minutes to go")
 
 
-def episodes_to_play(config: Config) -> int:
-    """In the RL loop, and in the evaluations: before and after it, sampled and greedy."""
-    evaluated = 4 * config.eval_tasks * len(config.env)
-    return config.updates * config.tasks_per_step * config.group_size + evaluated
+def warmup_share(step: int, steps: int) -> float:
+    """The learning rate of a step of imitation, as a share of `warmup_lr`.
+
+    It is a product of two factors. The first rises from 0 to 1 in 20 steps. The second falls from 1
+    to 0.1 over all steps. With only 12 steps, the product is never above 1/6.
+    """
+    return min(1.0, step / 20) * (1 - 0.9 * step / steps)
 
 
 class Imitator:
-    """The optimizer of the warm start.
+    """The optimizer of the warm start. It is not RL: skip it on first reading.
 
-    The small model starts from random weights. Muon trains the matrices of its layers, and AdamW
-    all other weights, with the same learning rate. Muon makes the momentum orthogonal, so that a
-    matrix moves equally far in all directions. With it the model learns to copy in a third of the
-    updates. The RL loop uses AdamW for all weights: rewards are noisy, and Muon moves as far along
-    noise as along signal.
+    AdamW works too, but needs about three times the steps. Muon trains the matrices of the small
+    model's layers: it makes a step orthogonal, so that a matrix moves equally far in all
+    directions. AdamW trains all other weights, and a given model. So does RL: rewards are noisy,
+    and Muon moves as far along noise as along signal.
 
     Muon: kellerjordan.github.io/posts/muon, scaled as in arXiv 2502.16982. Not torch.optim.Muon,
     because it multiplies in bfloat16, which the CPUs of most laptops emulate slowly.
     """
 
     def __init__(self, model, config: Config):
-        self.config, self.lr = config, 0.0
         layers = [] if config.model else grpo.masters(model.base_model.layers)
-        # The average gradient of each matrix.
-        self.averages = {p: torch.zeros_like(p) for p in layers if p.ndim == 2}
+        self.averages = {p: torch.zeros_like(p) for p in layers if p.ndim == 2}  # of gradients
         others = [p for p in grpo.masters(model) if p not in self.averages]
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
-
-    def set_lr(self, step: int) -> None:
-        """The learning rate of this step: `warmup_lr` times two factors.
-
-        The first rises from 0 to 1 in 20 steps. The second falls from 1 to 0.1 over all steps. With
-        only 12 steps, their product is never above 1/6.
-        """
-        share = min(1.0, step / 20) * (1 - 0.9 * step / self.config.warmup_updates)
-        self.lr = self.adam.param_groups[0]["lr"] = self.config.warmup_lr * share
+        self.param_groups = self.adam.param_groups  # its learning rate holds for both
 
     @torch.no_grad()
     def step(self) -> None:
@@ -529,7 +461,7 @@ class Imitator:
             average.lerp_(p.grad, 0.05)
             direction = orthogonal(p.grad.lerp(average, 0.95))  # Nesterov's momentum
             # Scaled so that an entry moves as far as with Adam.
-            p.sub_(direction, alpha=self.lr * 0.2 * max(p.shape) ** 0.5)
+            p.sub_(direction, alpha=self.param_groups[0]["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
@@ -551,18 +483,67 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(setup: Setup, final: bool = False) -> Scores:
+    """Successes on held-out tasks, the same in every run.
+
+    Returns {environment: {"sampled": [0 or 1 for each task], "greedy": [...]}}. The settings of
+    this file were chosen on these tasks, though no weight was trained on them. With `final`, they
+    are other held-out tasks, on which nothing was chosen (tests/evidence.py).
+    """
+    tasks = []
+    for env, factory in setup.envs.items():
+        held_out = seeds(factory, evaluation=True, final=final)
+        tasks += [(env, seed) for seed in islice(held_out, setup.config.eval_tasks)]
+    scores = {env: {"sampled": [], "greedy": []} for env in setup.envs}
+    for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        for episode in roll_out(setup, tasks, "evaluation", 1, temperature):
+            scores[episode.env][how].append(int(episode.success))
+    return scores
+
+
+def rates(scores: Scores) -> dict[str, dict]:
+    """The success rates of each environment, from what `evaluate` returns."""
+    return {env: {"sampled": fmean(of["sampled"]), "interval": interval(of["sampled"]),
+                  "greedy": fmean(of["greedy"]), "tasks": len(of["sampled"])}
+            for env, of in scores.items()}
+
+
+def interval(successes: list[int]) -> list[float]:
+    """The 95 % interval of a success rate (Wilson's).
+
+    >>> [round(x, 3) for x in interval([1] * 95 + [0] * 5)]
+    [0.888, 0.978]
+    """
+    n, p, z = len(successes), fmean(successes), 1.96
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+
+
+def print_scores(scores: Scores, when: str) -> None:
+    for env, rate in rates(scores).items():
+        low, high = rate["interval"]
+        print(f"{when:>6}  {env:<16} held-out success: sampled {rate['sampled']:6.1%} "
+              f"[{low:.1%}, {high:.1%}]  greedy {rate['greedy']:6.1%}  ({rate['tasks']} tasks)")
+
+
+# --------------------------------------------------------------------------------------------------
 # Environments and models
 
 
 def make_setup(config: Config, checkpoint: Path | None = None) -> Setup:
     """Raises EnvError for an environment that cannot be used, and UserError for a model."""
-    envs, yours = make_envs(config), load_agent(config.agent)
+    setup = Setup(config, make_envs(config), load_agent(config.agent))
     try:
-        model, tokenizer = load_model(config, envs, yours, checkpoint)
-        chat, engine = make_engine(model, tokenizer, config)
-        return Setup(config, envs, chat, yours, model, engine)
+        setup.model, tokenizer = load_model(setup, checkpoint)
+        setup.chat, setup.engine = make_engine(setup.model, tokenizer, config)
     except ValueError as e:
         raise UserError(str(e)) from e
+    return setup
 
 
 def make_envs(config: Config) -> dict[str, Callable]:
@@ -573,17 +554,19 @@ def make_envs(config: Config) -> dict[str, Callable]:
     return envs
 
 
-def load_agent(spec: str) -> YourAgent | None:
+def load_agent(spec: str) -> Player:
     """From "FILE.py:function". Raises UserError, or EnvError if the file fails."""
     if not spec:
-        return None
+        return Player()
     path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--agent {spec}: want FILE.py:function, and a file that exists")
-    module = vars(environments.load_file(Path(path)))
-    if not callable(module.get(name)):
-        raise UserError(f"--agent {spec}: {path} has no function {name}")
-    return YourAgent(module[name], module.get(f"demonstrate_{name}"), Endpoint())
+    module = vars(environments.load_file(Path(path))) if path.endswith(".py") else {}
+    function, own = module.get(name), module.get(f"demonstrate_{name}")
+    if not callable(function):
+        raise UserError(f"--agent {spec}: want FILE.py:function, of a function that exists")
+    if len(inspect.signature(function).parameters) == 1:  # workflow(agent)
+        return Player(partial(Agent, workflow=function), demonstrator=own)
+    endpoint = Endpoint()  # else solve(task, tools, base_url)
+    return Player(partial(OutsideAgent, function, endpoint), endpoint, own)
 
 
 def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
@@ -599,18 +582,18 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
                         rejoin_window=config.rejoin_window)
 
 
-def load_model(config: Config, envs: dict[str, Callable], yours: YourAgent | None,
-               checkpoint: Path | None):
+def load_model(setup: Setup, checkpoint: Path | None):
     """(model, tokenizer): from a checkpoint, from a folder or hub id, or a small one made here.
 
     A model's own code is never run.
     """
+    config = setup.config
     where, dtype = checkpoint or config.model, getattr(torch, config.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     if where:
         model, tokenizer = read_model(where, wide)
     else:
-        tokenizer = gather(learn_tokenizer(envs, config, yours))[0]
+        tokenizer = learn_tokenizer(setup)
         model = small_model(len(tokenizer), config.seed).to(wide)
     model.to(config.device)
     if not config.model and config.device == "cpu":
@@ -625,16 +608,16 @@ def load_model(config: Config, envs: dict[str, Callable], yours: YourAgent | Non
 
 
 def keep_memory() -> None:
-    """Keep freed memory in this process. Without this, page faults take a quarter of each update.
+    """Keep freed memory in this process.
 
     glibc returns the memory of a large tensor to the system when the tensor is freed, and asks for
-    it again for the next tensor.
+    it again for the next one. With two threads, that takes a quarter of each update.
     """
-    settings = {-8: 1, -3: 2**25, -1: 2**31 - 1}  # arenas, mmap and trim thresholds: mallopt(3)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # only glibc has it
-        for parameter, value in settings.items():
-            libc.mallopt(parameter, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt:
+        # Arenas, mmap threshold, trim threshold: mallopt(3).
+        for parameter, value in ((-8, 1), (-3, 2**25), (-1, 2**31 - 1)):
+            mallopt(parameter, value)
 
 
 def read_model(where: Path | str, dtype: torch.dtype):
@@ -642,9 +625,8 @@ def read_model(where: Path | str, dtype: torch.dtype):
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"no causal language model at '{where}': want a Hugging Face folder, "
-                        f"a hub id, or nothing for a small one ({reason})") from e
+        raise UserError(f"no causal language model at '{where}': want a Hugging Face folder, a hub "
+                        f"id, or nothing for a small one ({str(e).splitlines()[0]})") from e
     # Tensors that were read from a file are not aligned in memory. Their products may differ in
     # the last bit from those of aligned ones, and a resumed run would differ, too.
     for p in model.parameters():
@@ -652,22 +634,17 @@ def read_model(where: Path | str, dtype: torch.dtype):
     return model, tokenizer
 
 
-def load_reference(run: Path, model):
-    """The model before RL, frozen. The KL term keeps the policy near it."""
-    gather(None)  # wait until the first process has written it
-    reference, _ = read_model(run / "checkpoints" / "step-000000", model.dtype)
-    return reference.to(model.device).requires_grad_(False)
-
-
-def learn_tokenizer(envs: dict[str, Callable], config: Config, yours: YourAgent | None = None):
+def learn_tokenizer(setup: Setup):
     """A small tokenizer, learned from what the environments and their demonstrators write."""
-    spell = Chat(small_tokenizer([]))  # a token for each byte
-    setup = Setup(replace(config, context=10**6, max_new_tokens=10**5), envs, spell, yours)
-    shown = demonstrations(setup, dict.fromkeys(setup.demonstrated(), 300), start=0)
+    spelling = Chat(small_tokenizer([]))  # a token for each byte
+    no_limits = replace(setup.config, context=10**6, max_new_tokens=10**5)
+    setup = replace(setup, config=no_limits, chat=spelling)
+    shown = demonstrations(setup, dict.fromkeys(setup.demonstrators, 300), start=0)
     written = [segment.ids for episode in shown for segment in episode.segments]
-    for factory in envs.values():
-        written += prompts(spell, factory, 50)
-    return small_tokenizer(spell.tokenizer.decode(ids, skip_special_tokens=True) for ids in written)
+    for factory in setup.envs.values():
+        written += prompts(spelling, factory, 50)
+    decode = partial(spelling.tokenizer.decode, skip_special_tokens=True)
+    return small_tokenizer(decode(ids) for ids in written)
 
 
 def prompts(chat: Chat, factory: Callable, number: int) -> list[list[int]]:
@@ -678,13 +655,12 @@ def prompts(chat: Chat, factory: Callable, number: int) -> list[list[int]]:
 
 
 def check_fit(setup: Setup) -> None:
-    """Raise UserError if a prompt leaves no room for a message, or if a demonstrator fails."""
+    """Raise UserError if a message has no room, or if a demonstrator or your agent fails."""
     config = setup.config
-    if config.warmup_steps:
-        shown = demonstrations(setup, dict.fromkeys(setup.demonstrated(), 10), start=0)
-        check_trial(setup, shown)
-    if setup.yours:
-        tasks = [(env, next(seeds(setup.envs[env], evaluation=False))) for env in setup.envs]
+    counts = dict.fromkeys(setup.demonstrators, 10 if config.warmup_steps else 0)
+    check_trial(setup, demonstrations(setup, counts, start=0))
+    if config.agent:
+        tasks = [(env, next(seeds(of, evaluation=False))) for env, of in setup.envs.items()]
         check_trial(setup, roll_out(setup, tasks, "trial", 1, 1.0))
         return
     for env, factory in setup.envs.items():
@@ -695,19 +671,116 @@ def check_fit(setup: Setup) -> None:
 
 
 def check_trial(setup: Setup, episodes: list[Episode]) -> None:
-    """Raise UserError if an agent of yours does not work at all."""
+    """The part of `check_fit` that looks at episodes."""
     for e in episodes:
-        if e.error and setup.yours:
+        if e.error and setup.config.agent:
             raise UserError(f"--agent fails: {e.error}")
         if e.finish == "context":
-            raise UserError(f"{e.env}: the agent's messages do not fit "
-                            f"--context {setup.config.context}")
+            raise UserError(f"{e.env}: messages do not fit --context {setup.config.context}")
         if not e.turns:
             raise UserError("--agent asked the policy nothing: does it use base_url?")
 
 
+# ==================================================================================================
+# Files and processes. `train` is `plain_train`, written down, resumable, in several processes.
+# ==================================================================================================
+
+RUNS = Path("runs")
+METRICS, EPISODES = "metrics.jsonl", "episodes.jsonl.gz"  # files of a run that grow with every step
+
+
+def train(config: Config) -> None:
+    """A new run, or the rest of one that was stopped. Raises UserError for bad input."""
+    began, setup = time.perf_counter(), None
+    if config.resume:
+        run, config = read_run(config.resume)
+        if (run / "summary.json").exists():  # it is written last
+            print(f"{run} is finished: there is nothing to go on with")
+            return
+    else:
+        setup = make_setup(resolve(config))
+        check_fit(setup)  # before the folder is made: bad input leaves none behind
+        run = gather(make_run(setup.config))[0]  # the first process has made it
+    with locked(run):
+        train_and_record(run, setup or make_setup(config, newest_checkpoint(run)))
+    print(f"{run}: {time.perf_counter() - began:.0f} s")
+
+
+def train_and_record(run: Path, setup: Setup) -> None:
+    """`plain_train` from the newest checkpoint on. All processes do the same in the same order.
+
+    Each plays its share of the episodes (`play_tasks`), and computes its share of an update
+    (grpo.py). Only the first one writes.
+    """
+    config, checkpoint = setup.config, newest_checkpoint(run)
+    grpo.share_weights(setup.model)
+    optimizer = make_optimizer(setup)
+    print(f"{run}: {setup.model.num_parameters() / 1e6:.2f}M parameters, options:",
+          ", ".join(f"{name} {getattr(config, name)}" for name in defaults(config)))
+
+    if checkpoint:
+        progress = restore(run, checkpoint, optimizer)
+    else:
+        began = time.perf_counter()
+        warm_start(setup)
+        warmup_seconds = time.perf_counter() - began
+        progress = Progress(evaluate(setup), warmup_seconds=warmup_seconds)
+        save(run, setup, progress, optimizer)
+    if config.kl_coef:
+        setup.reference = load_reference(run, setup.model)
+    print_scores(progress.before, "before")
+
+    ctrl_c = CtrlC()
+    while progress.step < config.total_steps:
+        began, counted = time.perf_counter(), token_counts(setup)
+        step = train_step(setup, optimizer, progress)
+        new = {name: total - counted[name] for name, total in token_counts(setup).items()}
+        # Each sampled token is trained, or counted by the reason why it is not.
+        grpo.check_ledger(new["sampled_tokens"], new["abandoned_tokens"], step.report)
+        step.report |= new
+        write_step(run, setup, step, time.perf_counter() - began)
+        stop, last = any(gather(ctrl_c.pressed)), progress.step == config.total_steps
+        if progress.step % config.save_every == 0 or last or stop:
+            save(run, setup, progress, optimizer)
+        if stop:
+            how = f"stopped after step {progress.step}. To go on: python train.py --resume {run}"
+            sys.exit(how if ranks()[0] == 0 else 1)
+
+    after = evaluate(setup)
+    print_scores(progress.before, "before")
+    print_scores(after, "after")
+    write_results(run, setup, progress, after)
+
+
+def score(config: Config) -> None:
+    """--eval-only: score a run's model on the held-out tasks."""
+    run, stored = read_run(config.eval_only)
+    folder = run / "model" if (run / "model").is_dir() else newest_checkpoint(run)
+    if folder is None:
+        raise UserError(f"{run} has no model yet: it stopped in its warm start, and --resume {run} "
+                        "begins that again")
+    stored = replace(stored, eval_tasks=config.eval_tasks, device=config.device)
+    print_scores(evaluate(make_setup(stored, folder)), "score")
+
+
 # --------------------------------------------------------------------------------------------------
 # Records
+
+
+def first_process_only(function: Callable) -> Callable:
+    """Decorates what only one of several processes may do. In the others it does nothing."""
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        return function(*args, **kwargs) if ranks()[0] == 0 else None
+
+    return wrapped
+
+
+def token_counts(setup: Setup) -> dict[str, int]:
+    """Tokens that the engines of all processes have sampled, and those of them in no episode."""
+    stats = gather(dict(setup.engine.stats))
+    return {name: sum(of.get(name, 0) for of in stats)
+            for name in ("sampled_tokens", "abandoned_tokens")}
 
 
 def measure(episodes: list[Episode]) -> dict[str, float]:
@@ -723,20 +796,17 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
             values[name].append(getattr(e, name))
         for name, value in e.behaviour.items():
             values[f"behaviour/{e.env}/{name}"].append(value)
-    segments = [segment for e in episodes for segment in e.segments]
     return {**{name: fmean(of) for name, of in sorted(values.items())}, **finishes,
             "reward_std": fmean(pstdev(group) for group in rewards.values()),
-            "sampled_tokens": sum(sum(segment.sampled) for segment in segments),
-            "context_tokens": sum(len(segment.ids) for segment in segments)}
+            "context_tokens": sum(len(segment.ids) for e in episodes for segment in e.segments)}
 
 
 def metric_line(m: dict) -> str:
-    own = "  ".join(f"{name.removeprefix('success/')} {value:4.0%}" for name, value in m.items()
-                    if name.startswith("success/"))
-    skipped = " SKIPPED" if m["skipped"] else ""
-    return (f"step {m['step']:3d}  success {m['success']:4.0%}  {own}  "
-            f"no signal {m['no_signal']:4.0%}  turns {m['turns']:.1f}  entropy {m['entropy']:.2f}  "
-            f"|g| {m['grad_norm']:.2f}{skipped}  {m['seconds']:.1f} s")
+    own = [f"{name.removeprefix('success/')} {value:.0%}" for name, value in m.items()
+           if name.startswith("success/")]
+    shown = ("no_signal", "turns", "entropy", "grad_norm", "skipped", "seconds")
+    parts = [f"step {m['step']:3}", f"success {m['success']:4.0%}", *own]
+    return "  ".join(parts + [f"{name} {m[name]:.2f}" for name in shown])
 
 
 def record(e: Episode, advantage: float, step: int) -> dict:
@@ -753,13 +823,19 @@ def record(e: Episode, advantage: float, step: int) -> dict:
     return {"step": step, "advantage": advantage, "success": e.success, **asdict(e)}
 
 
-def write_step(run: Path, metrics: dict, episodes: list[Episode], advantages: list[float]) -> None:
-    """Add a step to the run's files."""
+@first_process_only
+def write_step(run: Path, setup: Setup, step: Step, seconds: float) -> None:
+    """Print a step, and add it to the run's files. Every 20 steps, print an episode."""
+    metrics = {"seconds": seconds, **measure(step.episodes), **step.report}
+    metrics["tokens_per_second"] = metrics["sampled_tokens"] / seconds
+    print(metric_line(metrics))
+    number = metrics["step"]
+    if number % 20 == 0:
+        best = max(step.episodes, key=lambda e: (e.success, e.turns))
+        print(transcript(best, setup.chat.tokenizer))
     # JSON has no NaN.
-    finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-    append(run / METRICS, [finite])
-    records = [record(e, a, metrics["step"]) for e, a in zip(episodes, advantages)]
-    append(run / EPISODES, records)
+    append(run / METRICS, [{k: x if math.isfinite(x) else None for k, x in metrics.items()}])
+    append(run / EPISODES, [record(*pair, number) for pair in zip(step.episodes, step.advantages)])
 
 
 def append(path: Path, lines: list[dict]) -> None:
@@ -769,46 +845,17 @@ def append(path: Path, lines: list[dict]) -> None:
         file.write(gzip.compress(data, compresslevel=5) if path.suffix == ".gz" else data)
 
 
-def interval(successes: list[int]) -> list[float]:
-    """The 95 % interval of a success rate (Wilson's).
-
-    >>> [round(x, 3) for x in interval([1] * 95 + [0] * 5)]
-    [0.888, 0.978]
-    """
-    n, p, z = len(successes), fmean(successes), 1.96
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
-
-
-def rates(scores: dict) -> dict[str, dict]:
-    """The success rates of each environment, from what `evaluate` returns."""
-    return {env: {"sampled": fmean(of["sampled"]), "interval": interval(of["sampled"]),
-                  "greedy": fmean(of["greedy"]), "tasks": len(of["sampled"])}
-            for env, of in scores.items()}
-
-
-def print_scores(scores: dict, when: str) -> None:
-    for env, rate in rates(scores).items():
-        low, high = rate["interval"]
-        print(f"{when:>6}  {env:<16} held-out success: sampled {rate['sampled']:6.1%} "
-              f"[{low:.1%}, {high:.1%}]  greedy {rate['greedy']:6.1%}  ({rate['tasks']} tasks)")
-
-
-def write_results(run: Path, setup: Setup, before: dict, after: dict, clock: "Clock") -> None:
+@first_process_only
+def write_results(run: Path, setup: Setup, progress: Progress, after: Scores) -> None:
     """The last files of a run. summary.json is the very last: with it the run is finished."""
     with atomic(run / "model") as folder:
         save_model(folder, setup.model, setup.chat.tokenizer)
     with atomic(run / "scores.json") as file:
-        file.write_text(json.dumps({"before": before, "after": after}))
-    clock.start("end")
-    summary = {"before": rates(before), "after": rates(after), "seed": setup.config.seed,
-               "seconds": {"total": clock.total(), **clock.seconds}, "versions": versions()}
+        file.write_text(json.dumps({"before": progress.before, "after": after}))
+    summary = {"before": rates(progress.before), "after": rates(after), "seed": setup.config.seed,
+               "warmup_seconds": progress.warmup_seconds, "versions": versions()}
     with atomic(run / "summary.json") as file:
         file.write_text(json.dumps(summary, indent=2))
-    print(f"{run}: {clock.total():.0f} s: "
-          + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items()))
 
 
 def versions() -> dict[str, str]:
@@ -818,42 +865,8 @@ def versions() -> dict[str, str]:
             "transformers": transformers.__version__, "commit": commit.stdout.strip() or "unknown"}
 
 
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.phase, self.since = "start", time.perf_counter()
-
-    def start(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[self.phase] += now - self.since
-        self.phase, self.since = phase, now
-
-    def total(self) -> float:
-        return sum(self.seconds.values())
-
-
 # --------------------------------------------------------------------------------------------------
 # The folder
-
-
-def open_run(config: Config, writes: bool) -> tuple[Path, IO | None, Setup, Path | None]:
-    """(folder, its lock, Setup, newest checkpoint) of a new run, or of the one to go on with."""
-    if config.resume:
-        run, config = read_run(config.resume)
-        lock = lock_run(run) if writes else None
-        checkpoint = newest_checkpoint(run)
-        return run, lock, make_setup(config, checkpoint), checkpoint
-    setup = make_setup(resolve(config))
-    check_fit(setup)  # before the folder is made: bad input leaves none behind
-    run = gather(make_run(setup.config) if writes else None)[0]
-    return run, lock_run(run) if writes else None, setup, None
-
-
-def is_finished(config: Config) -> bool:
-    run, _ = read_run(config.resume)
-    return (run / "summary.json").exists()  # it is written last
 
 
 def read_run(name: str) -> tuple[Path, Config]:
@@ -872,75 +885,59 @@ def read_run(name: str) -> tuple[Path, Config]:
     return run, Config(**options)
 
 
+@first_process_only
 def make_run(config: Config) -> Path:
     """Make the folder of a new run: runs/NAME, or the first number that is free.
 
     It is made under another name and renamed once it holds run.json. No folder can be renamed to
-    one that holds files. So two runs that start together get a folder each.
+    one that holds files. So two runs that start together never share a folder.
     """
-    made = (RUNS / (config.name or "new")).with_name(f"partial-{os.getpid()}")
+    free = (str(number) for number in count() if not (RUNS / str(number)).exists())
     with writing(RUNS / config.name):
-        made.mkdir(parents=True)
-        try:
+        RUNS.mkdir(exist_ok=True)
+        with TemporaryDirectory(dir=RUNS, prefix="partial-") as temporary:
+            made = Path(temporary) / "run"
+            made.mkdir()
             options = {"config": asdict(config), "versions": versions()}
             (made / "run.json").write_text(json.dumps(options, indent=2))
-            return rename_to_free(made, config.name)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)  # if it failed
+            return made.rename(RUNS / (config.name or next(free)))
 
 
-def rename_to_free(folder: Path, name: str) -> Path:
-    """Rename to runs/NAME, or without a name to the first number that is free."""
-    for number in count():
-        run = RUNS / (name or str(number))
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other commands away from this run. The first of its processes holds the lock."""
+    if ranks()[0] > 0:
+        yield
+        return
+    with (run / "run.json").open("r+") as file:
         try:
-            return folder.rename(run)
-        except OSError:
-            if name or not run.exists():
-                raise
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{run} is in use: another process is training it") from e
+        yield
 
 
-def lock_run(run: Path) -> IO:
-    """Keep other processes away from this run until the returned file is closed."""
-    file = (run / "run.json").open("r+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise UserError(f"{run} is in use: another process is training it") from e
-    return file
-
-
-@dataclass
-class State:
-    """How far a run has come. A checkpoint holds it, with the weights and the optimizer."""
-
-    before: dict[str, dict[str, list[int]]]  # the scores after the warm start
-    next_seed: dict[str, int]  # where to look for the next training task of each environment
-    step: int = 0
-
-
-def save(run: Path, setup: Setup, state: State, optimizer, clock: Clock) -> None:
+@first_process_only
+def save(run: Path, setup: Setup, progress: Progress, optimizer) -> None:
     """Write a checkpoint: a Hugging Face folder of the model, and trainer.pt with all the rest.
 
     Of the older checkpoints the first and the newest stay.
     """
     written = {path.name: path.stat().st_size for path in run.glob("*.jsonl*")}
-    with atomic(run / "checkpoints" / f"step-{state.step:06d}") as folder:
+    saved = {"progress": asdict(progress), "optimizer": optimizer.state_dict(), "written": written}
+    with atomic(run / "checkpoints" / f"step-{progress.step:06d}") as folder:
         save_model(folder, setup.model, setup.chat.tokenizer)
-        torch.save({"state": asdict(state), "optimizer": optimizer.state_dict(),
-                    "seconds": dict(clock.seconds), "written": written}, folder / "trainer.pt")
+        torch.save(saved, folder / "trainer.pt")
     for old in sorted(run.glob("checkpoints/step-*"))[1:-KEEP]:
         shutil.rmtree(old)
 
 
-def restore(run: Path, checkpoint: Path, optimizer, clock: Clock, writes: bool) -> State:
-    """Load trainer.pt into the optimizer and the clock, and cut the logs to the checkpoint."""
+def restore(run: Path, checkpoint: Path, optimizer) -> Progress:
+    """Load trainer.pt into the optimizer, and cut the logs to the checkpoint."""
     saved = torch.load(checkpoint / "trainer.pt", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
-    clock.seconds.update(saved["seconds"])
-    if writes:
-        cut_off(run, saved["written"])
-    return State(**saved["state"])
+    cut_off(run, saved["written"])
+    return Progress(**saved["progress"])
 
 
 def save_model(folder: Path, model, tokenizer) -> None:
@@ -948,6 +945,13 @@ def save_model(folder: Path, model, tokenizer) -> None:
                for name, p in model.state_dict(keep_vars=True).items()}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+
+
+def load_reference(run: Path, model):
+    """The model before RL, frozen. The KL term keeps the policy near it."""
+    gather(None)  # wait until the first process has written it
+    reference, _ = read_model(run / "checkpoints" / "step-000000", model.dtype)
+    return reference.to(model.device).requires_grad_(False)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -992,11 +996,16 @@ def writing(path: Path) -> Iterator[None]:
                         "before is whole; once there is room, --resume goes on from there") from e
 
 
+@first_process_only
 def cut_off(run: Path, written: dict[str, int]) -> None:
     """Cut metrics and episodes to their sizes at the checkpoint. Later steps are run again."""
     for path in run.glob("*.jsonl*"):
         # Never make it longer: somebody may have emptied it.
         os.truncate(path, min(written.get(path.name, 0), path.stat().st_size))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
 class CtrlC:
@@ -1013,10 +1022,6 @@ class CtrlC:
         os.write(2, b"\nCtrl-C: finishing this step (again: stop now)\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-
-
 def join(config: Config) -> None:
     """Meet the other processes, if torchrun has started several.
 
@@ -1029,16 +1034,15 @@ def join(config: Config) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=30))
-    signal.signal(signal.SIGTERM, lambda *_: lost("told to by torchrun"))
+    signal.signal(signal.SIGTERM, stop_with_the_others)  # torchrun sends it
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def lost(reason: object) -> None:
+def stop_with_the_others(*_) -> None:
     """End this process at once. Tools in other threads must not keep it alive."""
-    sys.stderr.write(f"train.py: process {os.environ['RANK']} stops with the run ({reason}); "
-                     "torchrun's report says who was the first. "
-                     "To go on: torchrun ... train.py --resume RUN\n")
+    sys.stderr.write(f"train.py: process {os.environ['RANK']} stops with the run; torchrun says "
+                     "who was the first. To go on: torchrun ... train.py --resume RUN\n")
     os._exit(1)
 
 
@@ -1048,14 +1052,11 @@ def command_line() -> None:
     try:
         check_options(config)
         join(config)
-        if config.eval_only:
-            score(config)
-        else:
-            train(config)
+        (score if config.eval_only else train)(config)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except grpo.ProcessLost as e:
-        lost(e)
+    except grpo.ProcessLost:
+        stop_with_the_others()
     except (UserError, EnvError, FloatingPointError) as e:  # the last: the run has diverged
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)

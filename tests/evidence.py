@@ -132,15 +132,16 @@ def score(run: Path, what: str) -> dict[str, list[int]]:
 
 def imitate_right_ones(run: Path, setup: train.Setup, parts: int = 4) -> None:
     """Imitate only demonstrations that succeeded, other ones than the run was warmed up with."""
-    spent = json.loads((run / "summary.json").read_text())["seconds"]
+    warmup_seconds = json.loads((run / "summary.json").read_text())["warmup_seconds"]
+    steps_of_rl = (run / train.METRICS).read_text().splitlines()
     # As many updates as the time should allow, so that the learning rate comes down.
-    share = (spent["rollouts"] + spent["update"]) / spent["warm start"]
+    share = sum(json.loads(line)["seconds"] for line in steps_of_rl) / warmup_seconds
     steps, seed = max(1, int(setup.config.warmup_steps * share)), setup.config.seed + 1000
     config = replace(setup.config, warmup_steps=steps, seed=seed)
     setup = replace(setup, config=config)
-    right, counts = [], train.demonstration_counts(setup)
+    right, counts, first = [], train.demonstration_counts(setup), (seed + 1) * train.DEMONSTRATION_SEEDS
     for part in range(parts):  # the demonstrators succeed about one time in three
-        shown = train.demonstrations(setup, counts, start=(config.seed + 1) * 10**9 + part * 10**8)
+        shown = train.demonstrations(setup, counts, start=first + part * 10**8)
         right += [episode for episode in shown if episode.success]
     train.imitate(setup.model, right, config)
 

@@ -158,7 +158,7 @@ def folder(tmp_path_factory):
     handler = signal.getsignal(signal.SIGINT)
     try:
         config = train.Config(**RUN, name="one")
-        tokenizer = train.learn_tokenizer(train.make_envs(config), config)
+        tokenizer = train.learn_tokenizer(train.Setup(config, train.make_envs(config)))
         train.save_model(folder / "model", tiny(0, vocab=len(tokenizer)), tokenizer)
         two = processes([__file__], folder)
         train.train(config)
@@ -248,7 +248,7 @@ def files(run):
 def shapes(state):
     """A checkpoint's content, tensors as their type and shape."""
     if isinstance(state, dict):
-        return {key: shapes(value) for key, value in state.items() if key != "seconds"}
+        return {key: shapes(value) for key, value in state.items() if key != "warmup_seconds"}
     if isinstance(state, list):
         return [shapes(x) for x in state]
     return (state.dtype, state.shape) if isinstance(state, torch.Tensor) else type(state)
@@ -305,7 +305,9 @@ def test_checkpoints_are_the_same_files_for_any_number_of_processes(folder):
         one, two = (torch.load(folder / "runs" / run / path, weights_only=True)
                     for run in ("one", "two"))
         assert shapes(one) == shapes(two)
-        assert one["state"] == two["state"] and one["state"].keys() == {"before", "next_seed", "step"}
+        progress = [saved["progress"] for saved in (one, two)]
+        assert all(p.pop("warmup_seconds") > 0 for p in progress) and progress[0] == progress[1]
+        assert progress[0].keys() == {"before", "next_seed", "step"}
         states = one["optimizer"]["state"].values(), two["optimizer"]["state"].values()
         for a, b in zip(*states, strict=True):
             for key in ("step", "exp_avg", "exp_avg_sq"):

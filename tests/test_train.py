@@ -75,9 +75,12 @@ def test_a_run_leaves_what_the_readme_promises(finished):
               "tokens_per_second", "trained_tokens", "no_signal_tokens", "error_tokens", "skipped_tokens",
               "behaviour/calculator:digits=1/calls"}
     assert wanted <= set(metrics[0])
+    reasons = ("trained", "no_signal", "error", "skipped", "abandoned")
+    for m in metrics:
+        assert m["sampled_tokens"] == sum(m[f"{reason}_tokens"] for reason in reasons) > 0
     summary = json.loads((run / "summary.json").read_text())
     scores = json.loads((run / "scores.json").read_text())["after"]["calculator:digits=1"]["sampled"]
-    assert set(summary) == {"before", "after", "seed", "seconds", "versions"}
+    assert set(summary) == {"before", "after", "seed", "warmup_seconds", "versions"} and summary["warmup_seconds"] > 0
     after = summary["after"]["calculator:digits=1"]
     assert len(scores) == 4 == after["tasks"] and sum(scores) / 4 == after["sampled"]
     for when in ("before", "after"):
@@ -168,20 +171,16 @@ def test_the_warm_start_s_optimizer_moves_every_weight_once():
 
     before = [p.clone() for p in model.parameters()]
     model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-    optimizer.set_lr(20)
+    optimizer.param_groups[0]["lr"] = 6e-3
     optimizer.step()
     assert all((a != b).any() for a, b in zip(before, model.parameters()))
     assert not train.Imitator(model, train.resolve(train.Config(model="some/model"))).averages
 
 
 def test_the_warm_start_s_learning_rate_rises_for_twenty_steps_and_falls_to_a_tenth():
-    config = train.resolve(train.Config(env=["calculator"], warmup_steps=200))
-    optimizer, rates = train.Imitator(small_model(32), config), []
-    for step in (1, 20, 200):
-        optimizer.set_lr(step)
-        both = optimizer.lr, optimizer.adam.param_groups[0]["lr"]
-        rates.append([lr / config.warmup_lr for lr in both])
-    assert rates == [pytest.approx([share, share]) for share in (0.05 * 0.9955, 0.91, 0.1)]
+    shares = [train.warmup_share(step, 200) for step in (1, 20, 200)]
+    assert shares == pytest.approx([0.05 * 0.9955, 0.91, 0.1])
+    assert max(train.warmup_share(step, 12) for step in range(1, 13)) < 1 / 6
 
 
 # ---- Ctrl-C (test_resume.py has the rest of going on) ----
@@ -312,12 +311,11 @@ def test_a_tool_gets_the_seconds_it_is_given():
     """In demonstrations, too: there it was the default."""
     window = SimpleNamespace(expect=lambda task: None)
     engine, seen = SimpleNamespace(forget=lambda: None, window=window, slots=1, drain=drain), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Agent", lambda *_, **options: seen.append(options) or FakeAgent())
-        config = train.resolve(train.Config(env=["calculator"], tool_timeout=0.5))
-        setup = train.Setup(config, train.make_envs(config), chat=None, engine=engine)
-        train.roll_out(setup, [("calculator", 0)], step=1, size=1, temperature=1.0)
-        train.demonstrations(setup, {"calculator": 1}, start=0)
+    player = train.Player(lambda *_, **options: seen.append(options) or FakeAgent())
+    config = train.resolve(train.Config(env=["calculator"], tool_timeout=0.5))
+    setup = train.Setup(config, train.make_envs(config), player, engine=engine)
+    train.roll_out(setup, [("calculator", 0)], step=1, size=1, temperature=1.0)
+    train.demonstrations(setup, {"calculator": 1}, start=0)
     assert [options["tool_timeout"] for options in seen] == [0.5, 0.5]
 
 
@@ -428,7 +426,7 @@ def test_recall_cannot_be_answered_from_the_window_of_the_default_run():
     """Even if nothing is noted, so that more pages fit: else what is learned there would not be memory."""
     config = train.resolve(train.Config(env=["recall"]))
     factories = train.make_envs(config)
-    chat = train.Chat(train.learn_tokenizer(factories, config))
+    chat = train.Chat(train.learn_tokenizer(train.Setup(config, factories)))
     for seed in range(50):
         environment = factories["recall"]()
         environment.reset(seed)
@@ -441,25 +439,24 @@ def test_recall_cannot_be_answered_from_the_window_of_the_default_run():
         assert any(fact in text for text in seen[:-1]) and fact not in seen[-1] and "Where does" in seen[-1]
 
 
-def test_environments_take_turns_and_no_task_comes_twice():
+def test_each_environment_has_its_share_and_no_task_comes_twice():
     """Whether or not the environments divide the tasks of a step: over three steps of two, each of three has two."""
     config = train.resolve(train.Config(env=["calculator", "maze", "chain"], tasks_per_step=2))
-    setup = train.Setup(config, train.make_envs(config), chat=None)
-    state, steps = train.State({}, dict.fromkeys(config.env, 10**6)), []
+    setup, steps = train.Setup(config, train.make_envs(config)), []
+    progress = train.Progress(before={})
     for step in range(3):
-        state.step = step
-        tasks = train.choose_tasks(setup, state)
-        state.next_seed.update({env: seed + 1 for env, seed in tasks})
+        progress.step = step
+        tasks = train.choose_tasks(setup, progress)
+        progress.next_seed.update((env, seed + 1) for env, seed in tasks)
         steps.append(tasks)
     assert [[env for env, _ in tasks] for tasks in steps] == [["calculator", "maze"], ["calculator", "chain"], ["maze", "chain"]]
     assert len({task for tasks in steps for task in tasks}) == 6
-    assert all(seed >= 10**6 for tasks in steps for _, seed in tasks)
+    assert all(seed >= train.TRAINING_SEEDS for tasks in steps for _, seed in tasks)
 
 
 def test_tasks_are_shared_out_evenly():
     config = train.resolve(train.Config())
-    setup = train.Setup(config, train.make_envs(config), chat=None)
-    tasks = train.choose_tasks(setup, train.State({}, dict.fromkeys(config.env, 0)))
+    tasks = train.choose_tasks(train.Setup(config, train.make_envs(config)), train.Progress({}))
     assert Counter(env for env, _ in tasks) == dict.fromkeys(config.env, 3)
 
 

@@ -295,7 +295,7 @@ def test_each_is_at_most_25_lines():
 @every_workflow
 def test_train_takes_it_as_a_workflow(name):
     yours = train.load_agent(f"{workflows.__file__}:{name}")
-    assert yours.is_workflow and yours.demonstrator
+    assert yours.endpoint is None and yours.demonstrator
 
 
 @every_workflow
