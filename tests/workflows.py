@@ -115,7 +115,7 @@ def demonstrate_retry_with_a_lesson(env: Mastermind, random: Random) -> Iterator
     guess = "5" * env.digits
     while True:
         yield format_call("guess", code=guess)
-        answers = _grade(env._code, guess).split()
+        answers = _grade(env._secret, guess).split()
         if habit == "counts on":
             yield f"not {guess}"
             guess = str((int(guess[0]) + 1) % 10) * env.digits
