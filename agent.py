@@ -784,15 +784,15 @@ def conversation_key(before: str, message: ChatMessage) -> str:
     Two messages are the same if role, text, tools and parsed arguments are. Ids and spacing are
     not compared.
     """
-    calls = [(call.name, _parsed(call.arguments)) for call in message.calls]
-    same = json.dumps([before, message.role, message.text, calls], sort_keys=True)
+    calls = [(call.name, _normal(call.arguments)) for call in message.calls]
+    same = json.dumps([before, message.role, message.text, calls])
     return hashlib.sha256(same.encode()).hexdigest()
 
 
-def _parsed(arguments: str) -> Any:
-    """The JSON, or the text if it is none."""
+def _normal(arguments: str) -> str:
+    """The same JSON in one way of writing, or the text if it is no JSON."""
     try:
-        return json.loads(arguments or "{}")
+        return json.dumps(json.loads(arguments or "{}"), sort_keys=True)
     except (ValueError, RecursionError):
         return arguments
 
@@ -828,9 +828,12 @@ class Recorder:
 
     async def sample(self, request: ChatRequest, temperature: float, turn: int) -> Reply:
         """One message. Without room for it the reply is empty, and nothing is recorded."""
-        tools = json.dumps(request.tools, sort_keys=True)
-        keys = list(accumulate(request.messages, conversation_key, initial=tools))
-        known, new_ids = self._find(request, keys)
+        try:
+            tools = json.dumps(request.tools, sort_keys=True)
+            keys = list(accumulate(request.messages, conversation_key, initial=tools))
+            known, new_ids = self._find(request, keys)
+        except (TemplateError, RecursionError) as e:
+            raise RequestError(f"no prompt can be made of these messages: {e}") from e
         ids = (known.segment.ids[: known.end] if known else []) + new_ids
         if len(ids) > self.max_input:
             return Reply(ChatMessage("assistant", ""), finish="length", prompt_tokens=len(ids))
@@ -888,12 +891,10 @@ def _written(call: Call | CallError) -> WrittenCall:
     """A call as an API sends it. Of one that is wrong, the agent gets what the policy wrote."""
     if isinstance(call, Call):
         return WrittenCall(call.name, _text(json.dumps(call.arguments, ensure_ascii=False)))
-    found = _parsed(call.written)
-    if isinstance(found, dict) and isinstance(found.get("name"), str) and "arguments" in found:
-        arguments = json.dumps(found["arguments"], ensure_ascii=False)
-        return WrittenCall(_text(found["name"]), _text(arguments))
-    name = re.search(r'"name":\s*"(\w+)"', call.written)
-    return WrittenCall(name[1] if name else "unknown", call.written)
+    name = re.search(r'"name":\s*"([^"]*)"', call.written)
+    arguments = re.search(r'"arguments":\s*(.*)}', call.written, re.DOTALL)
+    return WrittenCall(name[1] if name else "unknown",
+                       arguments[1] if arguments else call.written)
 
 
 class OutsideAgent(Agent):
@@ -937,8 +938,8 @@ class OutsideAgent(Agent):
             turns = [await self._begin_turn() for _ in range(request.number)
                      if self.episode.turns < self.max_turns]
             replies = await asyncio.gather(*[self._sample(request, turn) for turn in turns])
-        except (TemplateError, RecursionError) as e:
-            raise RequestError(f"no prompt can be made of these messages: {e}") from e
+        except RequestError:
+            raise
         except Exception as e:  # of the LLM or the environment: `_result` raises it
             if not (self.failed.done() or self.is_over):
                 self.failed.set_exception(e)

@@ -818,7 +818,7 @@ class Endpoint:
         self.listening = socket.create_server((host, port), backlog=MOST_CONNECTIONS)
         self.address = f"http://{host}:{self.listening.getsockname()[1]}"
         self.hosts = {f"{name}:{self.listening.getsockname()[1]}" for name in (*LOOPBACK, host)}
-        self.sessions: dict[str, Session] = {}  # by URL
+        self.sessions: dict[str, Session] = {}  # by path
         self.free_urls: list[str] = []  # to use again
         # The task of each connection, the oldest first. True: it waits for a session's reply.
         self.connections: dict[asyncio.Task, bool] = {}
@@ -844,11 +844,12 @@ class Endpoint:
         """A base_url for this session, while the block runs."""
         new = f"{self.address}/{token_urlsafe(16)}/v1"
         url = self.free_urls.pop() if self.free_urls else new
-        self.sessions[url] = session
+        path = url.removeprefix(self.address)
+        self.sessions[path] = session
         try:
             yield url
         finally:
-            del self.sessions[url]
+            del self.sessions[path]
 
     def say_once(self, topic: str, text: str) -> None:
         if topic not in self.said:
@@ -886,8 +887,8 @@ class Endpoint:
         """Read one request. Returns the whole response."""
         try:
             async with asyncio.timeout(MOST_SECONDS):
-                method, url, body = await self._read(reader)
-            return await self._dispatch(method, url, body)
+                method, path, body = await self._read(reader)
+            return await self._dispatch(method, path, body)
         except RequestError as e:
             return _error(e.status, str(e))
         except TimeoutError:
@@ -896,7 +897,7 @@ class Endpoint:
             return _error(500, "the server failed")
 
     async def _read(self, reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
-        """(method, URL, body). Raises RequestError."""
+        """(method, path, body). Raises RequestError."""
         try:
             head = await reader.readuntil(b"\r\n\r\n")  # of at most 64 KiB
             line, _, rest = head.partition(b"\r\n")
@@ -914,12 +915,12 @@ class Endpoint:
         if int(length) > MOST_BYTES:
             raise RequestError(f"the body has more than {MOST_BYTES:,} bytes", 413)
         try:
-            return method, self.address + path, await reader.readexactly(int(length))
+            return method, path, await reader.readexactly(int(length))
         except asyncio.IncompleteReadError as e:
             raise RequestError("the body is shorter than its Content-Length") from e
 
-    async def _dispatch(self, method: str, url: str, body: bytes) -> bytes:
-        base, _, rest = url.partition("/v1/")
+    async def _dispatch(self, method: str, path: str, body: bytes) -> bytes:
+        base, _, rest = path.partition("/v1/")
         session = self.sessions.get(base + "/v1")
         if session is None:
             raise RequestError("there is no such URL, or its episode has ended", 404)

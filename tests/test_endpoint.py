@@ -4,6 +4,7 @@ The clients here are raw sockets and http.client. test_outside_agents.py has the
 """
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -480,6 +481,8 @@ RAW = {
                                                            '{"text": "a"'),
     '{"name": "nothing", "arguments": {}}': ("nothing", "{}"),
     '{"name": "echo"}': ("echo", '{"name": "echo"}'),
+    '{"name": "echo", "arguments": {"text": "a", "text": "b"}}': (
+        "echo", '{"text": "a", "text": "b"}'),
     "[1]": ("unknown", "[1]"),
     "oops": ("unknown", "oops"),
     "": ("unknown", ""),
@@ -856,7 +859,7 @@ async def hang_async(task, tools, url):
 @pytest.mark.parametrize("solve", [hang, hang_async])
 def test_an_agent_that_hangs_is_given_up(solve):
     """It is the policy's fault after a malformed message, and nobody's once the task is over."""
-    options = {"idle_timeout": 0.2}
+    options = {"idle_timeout": 0.6}
     started = time.monotonic()
     assert "no sign of life" in solved(solve, "a", **options)[0].error
     episode, _ = solved(solve, "<tool_call>oops</tool_call>", **options)
@@ -887,7 +890,7 @@ def test_an_agent_that_asks_for_ever_is_given_up(over):
             chat(url, [user(task)])
 
     env = Desk if over == "max_turns" else OverAfterOne
-    episode, _ = solved(solve, "a", env=env, max_turns=1, idle_timeout=0.2)
+    episode, _ = solved(solve, "a", env=env, max_turns=1, idle_timeout=0.6)
     assert episode.finish == ("max_turns" if over == "max_turns" else "env_done")
 
 
@@ -1025,6 +1028,21 @@ def test_a_late_request_gets_404():
     assert all(not e.segments for e in episodes)
 
 
+def test_a_session_may_have_a_fixed_path():
+    """As a finished run has, which `rollout.py --serve` puts at /v1. Sessions were once kept by
+    whole URL, and it was not found."""
+    class Parrot:
+        async def answer(self, request):
+            return [rollout.Reply(request.messages[-1])]
+
+    async def serve():
+        async with Endpoint() as endpoint:
+            endpoint.sessions["/v1"] = Parrot()
+            return await asyncio.to_thread(chat, endpoint.address + "/v1", [user("hello")])
+
+    assert asyncio.run(serve())["content"] == "hello"
+
+
 # ---- hostile requests ----
 
 
@@ -1154,7 +1172,7 @@ def hostile(url, rng):
 def test_a_thousand_hostile_requests_change_no_episode(monkeypatch, capfd):
     """Each that is complete is answered with the API's error object, without a traceback. The
     episodes sample the tokens of an undisturbed run."""
-    monkeypatch.setattr(rollout, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(rollout, "MOST_SECONDS", 1.0)
     undisturbed = solve_all([Walk(6)] * 4, [Policy("a", "b", "c", draw=True) for _ in "1234"])
     endpoint, url, answers, begun = Endpoint(), [], [], threading.Event()
 
@@ -1179,10 +1197,13 @@ def test_a_thousand_hostile_requests_change_no_episode(monkeypatch, capfd):
         rng, port = random.Random(0), urlsplit(url[0]).port
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
         for number, data in zip(range(1000), hostile(url[0], rng)):
-            slow[number % 20].send(b"G") if number % 50 == 0 else None
-            if number % 3 == 0:  # gone before it is answered
-                with socket.create_connection(("127.0.0.1", port)) as client:
-                    client.sendall(data[: rng.randrange(len(data))][:1000])
+            # The server may end such a connection first.
+            with contextlib.suppress(OSError):
+                if number % 50 == 0:
+                    slow[number % 20].send(b"G")
+                if number % 3 == 0:  # gone before it is answered
+                    with socket.create_connection(("127.0.0.1", port)) as client:
+                        client.sendall(data[: rng.randrange(len(data))][:1000])
             answers.append((data, raw(port, data, half_close=number % 2 == 0)))
 
     thread = threading.Thread(target=attack)

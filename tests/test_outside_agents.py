@@ -145,7 +145,7 @@ def test_a_tool_calling_agent_writes_a_segment_for_each_turn():
 
 def test_a_code_agent_runs_programs_that_call_tools():
     """A program is the message. It may pass a tool any object, which must not raise. Its history
-    comes back as it was written, so the next turn continues the segment."""
+    is rewritten, too, so each turn is a segment."""
     smolagents = pytest.importorskip("smolagents")
 
     def solve(task, tools, base_url):
@@ -154,8 +154,8 @@ def test_a_code_agent_runs_programs_that_call_tools():
         return str(agent.run(task))
 
     programs = ["<code>\nprint(echo({1, 2}))\n</code>", '<code>\nfinal_answer("yes")\n</code>']
-    episode, policy = solved(solve, *programs)
-    assert sampled(episode) == [said(programs[0]) + said(programs[1])]
+    episode, policy = solved(solve, *programs, context=30_000)
+    assert sampled(episode) == [said(program) for program in programs]
     assert episode.success and episode.tool_errors == 1
 
 
