@@ -24,15 +24,18 @@ Sampled ids are appended as they are. Only the new text of the environment is en
     errors             a broken environment costs its own episode, not the run
     chat templates     `Chat` turns the messages of any model into ids
 
-Left out: streaming, images, other tools during an episode. A workflow of your own is an `async def`
-function like this one:
+A *workflow* of your own may take the place of the loop in `Agent.run`. This is the usual one:
 
-    await agent.start(env, seed)
-    while not agent.episode.finish:
-        message = await agent.query()   # None: the message was cut, or the episode is over
-        if message is not None:
-            await agent.act(message)    # or agent.observe("your own text")
-    return await agent.close()
+    async def workflow(agent):
+        while not agent.episode.finish:
+            message = await agent.query()   # None: the message was cut, or the episode is over
+            if message is not None:
+                await agent.act(message)    # or agent.observe("your own text")
+
+`fresh` and `branch` open more contexts in the same episode. An agent written elsewhere (LangGraph,
+smolagents, the openai client) plays through `OutsideAgent`, below the second line of ====.
+
+Left out: images, and other tools during an episode.
 
 Takes an LLM (the engine of rollout.py, or any object with `generate`), a tokenizer and an
 environment (env.py). Gives an Episode (to grpo.py). `python agent.py` prints one episode token by
@@ -177,9 +180,10 @@ class Episode:
 
     terminated    answered     the policy gave its final answer
                   env_done     the task ended in another way, for example by the last move
-    truncated     max_turns    the policy used all its turns
+    truncated     max_turns    the policy used all its turns, or a workflow stopped early
                   length       the policy used all its turns, and its last message was cut
-                  context      the prompt alone leaves no room for a message
+                  context      the prompt alone leaves no room for a message (of an agent written
+                               elsewhere: its messages do)
     failed        error        the environment's own code failed, so the reward means nothing
     """
 
@@ -251,7 +255,8 @@ class Agent:
         self.episode, self.rng, self.env, self.tools = Episode(), Random(), None, {}
         self.schemas: list[dict] = []  # of the tools
         self.prompt: list[int] = []  # ids before the first message
-        # The turns that the next message will see: the ids of each, by its number.
+        # The turns that the next message will see: the ids of each, by its number. `segment` holds
+        # the prompt and all of them. Only an observation that fills the window is not in it yet.
         self.turns: dict[int, list[int]] = {}
         self.segment = Segment()  # the newest one: what the policy sees now
         self.turn = -1  # the number of this agent's newest message
@@ -341,7 +346,8 @@ class Agent:
                                "text before the first message belongs in the task")
         ids = self._observation_ids(texts)
         self.turns[self.turn] += ids
-        # If it leaves no room for a message, the policy reads it in the segment that `query` opens.
+        # Without room for a message behind it, the segment stays as it is. `query` opens the next
+        # one from `self.turns`, where the policy reads this observation.
         if not self._is_full():
             self.segment.extend(ids, self.turn)
 
@@ -669,6 +675,119 @@ class Chat:
             return ""
 
 
+# --------------------------------------------------------------------------------------------------
+# Stand-ins: an LLM that recites, a tokenizer made on the spot
+
+
+class Script:
+    """An LLM that recites given messages. So a demonstrator (env.py) runs in a policy's loop.
+
+    Raises ValueError if it is asked for more messages than it has, or if a message is longer than
+    `max_new_tokens`.
+    """
+
+    def __init__(self, chat: Chat, messages: Iterable[str]):
+        self.chat, self.messages = chat, iter(messages)
+
+    async def generate(self, ids, max_new_tokens, *, rng, temperature) -> Completion:
+        message = next(self.messages, None)
+        if message is None:
+            raise ValueError("the script is at its end, and the episode is not")
+        ids = self.chat.tokenizer.encode(message, add_special_tokens=False) + [self.chat.end_id]
+        if len(ids) > max_new_tokens:
+            raise ValueError(f"a message of {len(ids)} tokens is longer than {max_new_tokens=}")
+        return Completion(ids, [0.0] * len(ids), "stop")
+
+
+# The chat template of the small tokenizer. Its messages have the form of Qwen's models (ChatML). Of
+# a tool it gives the name, the arguments and the purpose only: each token of a prompt costs time.
+CHATML = (
+    "{% if tools %}<|im_start|>system\n"
+    "<tool_call>\n{\"name\": ..., \"arguments\": ...}\n</tool_call>\n"
+    "{% for tool in tools %}{{ tool.function.name }}"
+    "({{ tool.function.parameters.properties | join(', ') }}): {{ tool.function.description }}\n"
+    "{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+# How `small_tokenizer` cuts a text, in this order: a JSON key with all its punctuation; a word and
+# the blank after it; a name, without its blank; one digit; punctuation; one blank. So a name is the
+# same tokens everywhere, right after the word that introduces it. To copy a name is then to copy a
+# token, which a young model learns first.
+PIECES = (r'[{\[]*"\p{Ll}[\p{Ll}_]*": "?|\p{Ll}[\p{Ll}_]* ?|\p{Lu}(?:\p{Ll}+|\p{N})?'
+          r"|\p{N}|[^\s\p{L}\p{N}]+ ?|\s")
+
+
+def small_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learned from `texts`, with the ChatML template.
+
+    It can write any text: what `texts` does not hold becomes bytes.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tags = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>", chat_template=CHATML)
+
+
+# --------------------------------------------------------------------------------------------------
+# To look at
+
+# Codes of the terminal.
+COLOURS = {"policy": "\033[32m", "environment": "\033[33m", "prompt": "\033[90m"}
+COLOUR_OFF = "\033[0m"
+
+
+def transcript(episode: Episode, tokenizer, longest: int = 600, colour: bool = False) -> str:
+    """A whole episode to read. `>` marks what the policy wrote, `|` what it was given to read.
+
+    Every line has its mark, so no text can pass for another's. A given text of over `longest`
+    characters loses its middle. A later context begins with the prompt and with turns carried over
+    from the one before; they count as given.
+    colour: for a terminal, by who wrote a line (policy green, environment yellow, prompt grey).
+    """
+    lines = [f"=== {episode.env or 'episode'}, seed {episode.seed}: reward {episode.reward:g}, "
+             f"{episode.finish or 'not finished'}, {episode.turns} turns, "
+             f"{episode.tool_calls} tool calls, {episode.tool_errors} errors"]
+    if episode.task:
+        lines.append(f"task: {_printable(clip(episode.task, longest))}")
+    if episode.error:
+        lines.append(f"failed: {_printable(clip(episode.error, longest))}")
+    for number, segment in enumerate(episode.segments, 1):
+        lines.append(f"--- context {number} of {len(episode.segments)}: {len(segment.ids)} tokens, "
+                     f"{sum(segment.sampled)} of them sampled")
+        lines += _segment_lines(segment, tokenizer, longest, colour)
+    return "\n".join(lines)
+
+
+def _segment_lines(segment: Segment, tokenizer, longest: int, colour: bool) -> list[str]:
+    lines = []
+    tokens = zip(segment.sampled, segment.turn, segment.ids)
+    for (sampled, turn), span in groupby(tokens, key=lambda token: token[:2]):
+        text = tokenizer.decode([i for _, _, i in span], clean_up_tokenization_spaces=False)
+        who = "policy" if sampled else "environment"
+        label = f"turn {turn}"
+        if turn == -1:
+            who = label = "prompt"
+        for line in (text if sampled else clip(text, longest)).split("\n"):
+            line = f"{label:>8} {'>' if sampled else '|'} {_printable(line)}".rstrip()
+            lines.append(COLOURS[who] + line + COLOUR_OFF if colour else line)
+            label = ""
+    return lines
+
+
+def _printable(text: str) -> str:
+    """Spell out codes that would move the cursor, colour the terminal or begin a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # ==================================================================================================
 # Agents written elsewhere. They know messages only, so a Recorder keeps the tokens
 #
@@ -830,6 +949,7 @@ class Recorder:
         """One message. Without room for it the reply is empty, and nothing is recorded."""
         try:
             tools = json.dumps(request.tools, sort_keys=True)
+            # keys[n] stands for the first n messages, and keys[0] for the tools alone.
             keys = list(accumulate(request.messages, conversation_key, initial=tools))
             known, new_ids = self._find(request, keys)
         except (TemplateError, RecursionError) as e:
@@ -863,8 +983,15 @@ class Recorder:
         return None, self.chat.conversation(request.messages, request.tools)
 
     def _segment(self, known: Recorded | None, new_ids: list[int], turn: int) -> Segment:
-        """The segment that the message goes to, with all tokens before the message."""
-        # Without new ids the end would stay free, and a second request could write there, too.
+        """The segment that the message goes to, with all tokens before the message.
+
+            request [A]         segment 1: A a            (small letters are sampled)
+            request [A, a, B]   segment 1: A a B b        a was its end: it goes on
+            request [A, a, C]   segment 2: A a C c        a is now in its middle: a copy, and here
+                                                          only c is sampled
+        """
+        # The new ids, appended before the model is awaited, mark this end as taken. If there are
+        # none, two equal requests would both write here. So each gets a segment of its own.
         if known and known.is_last and new_ids:
             known.segment.extend(new_ids, turn)
             return known.segment
@@ -906,9 +1033,14 @@ class OutsideAgent(Agent):
     endpoint: the server (rollout.Endpoint).
     idle_timeout: seconds without a message of the policy and without the end of a tool call.
 
-    If `solve` raises, or is idle for too long, this is the policy's fault if its last message was
-    malformed or a budget was spent, and no fault once the task is over. In these cases the episode
-    keeps its reward. Else the agent's code is wrong: the episode ends with an error.
+    If `solve` raises, or is idle for too long, it depends on what came before:
+
+        the task is over                              the episode keeps its reward
+        the policy's last message was malformed       the same: the policy is at fault
+        a budget was spent (turns, context)           the same
+        anything else                                 the agent's code is wrong: finish "error"
+
+    When its messages do not fit the context, the agent gets an empty one with `finish` "length".
     """
 
     def __init__(self, solve: Callable, endpoint, *args, idle_timeout: float = 60.0, **options):
@@ -934,9 +1066,11 @@ class OutsideAgent(Agent):
             if await self._is_done() or self.is_over:
                 return [Reply(ChatMessage("assistant", "The task is over."))] * request.number
             self.requests.add(asyncio.current_task())
-            # One after the other, so that the first message has the first random numbers.
-            turns = [await self._begin_turn() for _ in range(request.number)
-                     if self.episode.turns < self.max_turns]
+            # Turns are counted before sampling, so that `_sample` begins in this order. Equal
+            # prompts get their random numbers by it.
+            turns: list[int] = []
+            while len(turns) < request.number and self.episode.turns < self.max_turns:
+                turns.append(await self._begin_turn())
             replies = await asyncio.gather(*[self._sample(request, turn) for turn in turns])
         except RequestError:
             raise
@@ -995,13 +1129,13 @@ class OutsideAgent(Agent):
                 answer = await self._result(job)
             finally:
                 self.is_over = True
-                tools.clear()  # a late call finds no tool
+                tools.clear()  # `safe_tools` looks in this very dictionary: late calls find nothing
                 running = [task for task in [job, *self.tasks, *self.requests] if not task.done()]
                 for task in running:
                     task.cancel()
                 self._drop_unanswered()
             if not running:  # so nothing of this agent will ask at the URL of another episode
-                self.endpoint.free_urls.append(url)
+                self.endpoint.release(url)
         await self._hand_in(answer)
 
     def _start_solving(self, tools: list[Callable], url: str) -> asyncio.Future:
@@ -1028,7 +1162,7 @@ class OutsideAgent(Agent):
         return in_thread(in_own_thread)
 
     async def _result(self, job: asyncio.Future) -> Any:
-        """What the agent returns. None if it fails and this is not its own fault."""
+        """What the agent returns. None if it fails and the episode keeps its reward."""
         while not (job.done() or self.failed.done() or self._is_idle()):
             await asyncio.wait({job, self.failed}, timeout=self.idle_timeout / 4,
                                return_when=asyncio.FIRST_COMPLETED)
@@ -1057,7 +1191,7 @@ class OutsideAgent(Agent):
         episode = self.episode
         if await self._is_done():
             episode.finish = "env_done"
-        elif isinstance(answer, str) and "final_answer" in self.tools:
+        elif isinstance(answer, str) and answer.strip() and "final_answer" in self.tools:
             call = Call("final_answer", {"answer": _text(answer)})
             [observation] = await run_calls([call], self.tools, timeout=self.tool_timeout)
             episode.tool_errors += observation.error
@@ -1084,116 +1218,7 @@ def _make_task(loop: asyncio.AbstractEventLoop, coroutine, **options) -> asyncio
 
 
 # --------------------------------------------------------------------------------------------------
-# Stand-ins: an LLM that recites, a tokenizer made on the spot
-
-
-class Script:
-    """An LLM that recites given messages. So a demonstrator (env.py) runs in a policy's loop.
-
-    Raises ValueError if it is asked for more messages than it has, or if a message is longer than
-    `max_new_tokens`.
-    """
-
-    def __init__(self, chat: Chat, messages: Iterable[str]):
-        self.chat, self.messages = chat, iter(messages)
-
-    async def generate(self, ids, max_new_tokens, *, rng, temperature) -> Completion:
-        message = next(self.messages, None)
-        if message is None:
-            raise ValueError("the script is at its end, and the episode is not")
-        ids = self.chat.tokenizer.encode(message, add_special_tokens=False) + [self.chat.end_id]
-        if len(ids) > max_new_tokens:
-            raise ValueError(f"a message of {len(ids)} tokens is longer than {max_new_tokens=}")
-        return Completion(ids, [0.0] * len(ids), "stop")
-
-
-# The chat template of the small tokenizer. Its messages have the form of Qwen's models (ChatML). Of
-# a tool it gives the name, the arguments and the purpose only: each token of a prompt costs time.
-CHATML = (
-    "{% if tools %}<|im_start|>system\n"
-    "<tool_call>\n{\"name\": ..., \"arguments\": ...}\n</tool_call>\n"
-    "{% for tool in tools %}{{ tool.function.name }}"
-    "({{ tool.function.parameters.properties | join(', ') }}): {{ tool.function.description }}\n"
-    "{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-# How `small_tokenizer` cuts a text, in this order: a JSON key with all its punctuation; a word and
-# the blank after it; a name, without its blank; one digit; punctuation; one blank. So a name is the
-# same tokens everywhere, right after the word that introduces it. To copy a name is then to copy a
-# token, which a young model learns first.
-PIECES = (r'[{\[]*"\p{Ll}[\p{Ll}_]*": "?|\p{Ll}[\p{Ll}_]* ?|\p{Lu}(?:\p{Ll}+|\p{N})?'
-          r"|\p{N}|[^\s\p{L}\p{N}]+ ?|\s")
-
-
-def small_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from `texts`, with the ChatML template.
-
-    It can write any text: what `texts` does not hold becomes bytes.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tags = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", chat_template=CHATML)
-
-
-# --------------------------------------------------------------------------------------------------
-# To look at
-
-# Codes of the terminal.
-COLOURS = {"policy": "\033[32m", "environment": "\033[33m", "prompt": "\033[90m"}
-COLOUR_OFF = "\033[0m"
-
-
-def transcript(episode: Episode, tokenizer, longest: int = 600, colour: bool = False) -> str:
-    """A whole episode to read. `>` marks what the policy wrote, `|` what it was given to read.
-
-    Every line has its mark, so no text can pass for another's. A given text of over `longest`
-    characters loses its middle. A later context begins with the prompt and with turns carried over
-    from the one before; they count as given.
-    colour: for a terminal, by who wrote a line (policy green, environment yellow, prompt grey).
-    """
-    lines = [f"=== {episode.env or 'episode'}, seed {episode.seed}: reward {episode.reward:g}, "
-             f"{episode.finish or 'not finished'}, {episode.turns} turns, "
-             f"{episode.tool_calls} tool calls, {episode.tool_errors} errors"]
-    if episode.task:
-        lines.append(f"task: {_printable(clip(episode.task, longest))}")
-    if episode.error:
-        lines.append(f"failed: {_printable(clip(episode.error, longest))}")
-    for number, segment in enumerate(episode.segments, 1):
-        lines.append(f"--- context {number} of {len(episode.segments)}: {len(segment.ids)} tokens, "
-                     f"{sum(segment.sampled)} of them sampled")
-        lines += _segment_lines(segment, tokenizer, longest, colour)
-    return "\n".join(lines)
-
-
-def _segment_lines(segment: Segment, tokenizer, longest: int, colour: bool) -> list[str]:
-    lines = []
-    tokens = zip(segment.sampled, segment.turn, segment.ids)
-    for (sampled, turn), span in groupby(tokens, key=lambda token: token[:2]):
-        text = tokenizer.decode([i for _, _, i in span], clean_up_tokenization_spaces=False)
-        who = "policy" if sampled else "environment"
-        label = f"turn {turn}"
-        if turn == -1:
-            who = label = "prompt"
-        for line in (text if sampled else clip(text, longest)).split("\n"):
-            line = f"{label:>8} {'>' if sampled else '|'} {_printable(line)}".rstrip()
-            lines.append(COLOURS[who] + line + COLOUR_OFF if colour else line)
-            label = ""
-    return lines
-
-
-def _printable(text: str) -> str:
-    """Spell out codes that would move the cursor, colour the terminal or begin a line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+# python agent.py
 
 
 class PearShop:

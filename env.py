@@ -11,10 +11,11 @@ and `Calculator`: they show all there is. Each environment needs one capability 
     recall       memory: a question about a page that has left the context window
     mastermind   self-reflection: a hidden code, found by correcting one's own guesses
 
-A demonstrator is a function beside the class. It yields the messages of one attempt. Each attempt
-follows one habit, drawn at random. About one attempt in three is right; the others make a typical
-mistake. A model that imitates the demonstrator copies this mixture, so it mostly fails.
-Reinforcement learning then finds out which habit earns the reward, and makes it likely.
+A demonstrator is a function beside the class. It yields the messages of one attempt, and reads the
+answer that the environment hides. Each attempt follows one habit, drawn at random. About one
+attempt in three is right; the others make a typical mistake. A model that imitates the demonstrator
+copies this mixture, so it mostly fails. Reinforcement learning then finds out which habit earns the
+reward, and makes it likely.
 
 The last argument of each constructor (`tool`, `open`, `map`, `think`, `notes`, `feedback`), set to
 0, takes away what the capability needs. If a model still learns the task, then the task does not

@@ -8,7 +8,7 @@ episodes likelier, and those of bad ones less likely:
 
 Good compared with what? GRPO (group relative policy optimization) plays the same task several
 times: a group. The advantage of an episode is its reward minus the mean reward of its group. No
-second network is needed. An advantage of 0 gives no gradient, so tokens with it are left out. The
+value network is needed. An advantage of 0 gives no gradient, so tokens with it are left out. The
 other sampled tokens are the trained ones. By default all of these have the same weight: 1 / (their
 number in the batch).
 
@@ -37,8 +37,9 @@ penalty for the distance to the model before RL. Dr. GRPO drops the division, an
 tokens the same weight and clips wider upwards. Both drop the KL term. Each choice is an option of
 `GRPOConfig`. Imitation is the same update with advantage 1 and `kind="reinforce"`.
 
-Left out: a replay buffer, a second network that predicts rewards, LoRA. The episodes are those of
-agent.py. `python grpo.py` learns the bandit. To use this file elsewhere, copy it with kernels.py.
+Left out: a replay buffer, a value network (a critic) that predicts rewards, LoRA. The episodes are
+those of agent.py. `python grpo.py` learns the bandit. To use this file elsewhere, copy it with
+kernels.py.
 """
 
 from __future__ import annotations

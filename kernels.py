@@ -168,8 +168,8 @@ def policy_loss(logps, entropy, advantages, *, old_logps=None, behavior_logps=No
     if options.kl_coef:
         # This estimates KL(policy || reference). For a token that the policy samples, the mean of
         # -delta is this KL, and the mean of exp(delta) - 1 is 0. So adding the second keeps the
-        # mean, and makes every term at least 0. Its gradient is another matter: on average it is
-        # that of KL(reference || policy).
+        # mean, and makes every term at least 0. Its gradient is on average that of
+        # KL(reference || policy). Near the reference, both are the same to first order.
         delta = (ref_logps - logps).clamp(-LOG_LIMIT, LOG_LIMIT)
         loss = loss + options.kl_coef * (delta.exp() - delta - 1)
     if options.entropy_coef:
@@ -276,7 +276,8 @@ def fused_policy_loss(logits, dlogits, tokens, options, temperature):
 def _fused_torch(logits, dlogits, tokens, options, temperature):
     """`fused_policy_loss` in torch: the comment above, line by line, for C tokens at once.
 
-    Where a line overwrites its input to save memory, the line above it says what it computes.
+    The memory of `logits` holds first z, then the factor of each logit. That of e holds e without
+    the target, then -p / temperature. Above a line that overwrites stands what it computes.
     """
     targets = tokens.targets[:, None]  # [C, 1]
     # z = (logits - largest) / temperature. This order: the difference of close logits has no error.
@@ -448,8 +449,8 @@ class ChunkedHead:
         dhidden, dhead = (None, None) if tokens.advantages is None else (self.dhidden, self.dhead)
         wants_gradient = dhidden is not None or dhead is not None
         chunk = self.chunk or _tokens_per_chunk(len(index), len(self.head), self.hidden.is_cuda)
-        # All chunks use the same memory. One tensor may be both `logits` and `dlogits`, hence
-        # fused_policy_loss reads a number before it writes to it. 16 bits need another tensor.
+        # All chunks use the same memory. One tensor may be both `logits` and `dlogits`, because
+        # fused_policy_loss reads each number before it overwrites it. 16 bits need another tensor.
         logits, dlogits = self._buffer(min(chunk, len(index)), self.wide), None  # [C, V]
         if wants_gradient:
             dlogits = logits if self.dtype == self.wide else self._buffer(len(logits), self.dtype)
@@ -506,8 +507,9 @@ def _run_sequences(chunks, keep, tokens, options):
     The ratio of a sequence needs all of its log-probs, and the tokens of a sequence may be in
     several chunks. So no slope is known before all log-probs are. This costs one more product.
 
-    The second run has no ratio, only slopes. A token of REINFORCE has the loss
-    -weight * advantage * log p. So with the advantage -slope / weight it has the right slope.
+    Known after the first run: the slope of each token. Wanted: the gradients that follow from it.
+    A REINFORCE token has the loss -weight * advantage * log p. With the advantage -slope / weight
+    it has just this slope, so the second run computes the loss of REINFORCE.
     """
     chunks.run(keep, Tokens(tokens.targets), options)
     _, logps, entropy, _, _ = chunks.per_token[:, keep]  # [K] each

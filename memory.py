@@ -34,8 +34,9 @@ def turns_to_drop(fixed: int, turns: Sequence[int], window: int, reserved: int =
 
     Only whole turns are dropped, so a call and its result stay together. The fixed part and the
     turns that stay fill at most half of the window. With more, the window would soon be full again,
-    and each time the model must read all of the new segment. The newest turn stays whenever it
-    fits, because it holds what the agent asked for last. Raises ValueError if `fixed` does not fit.
+    and each time the model must read all of the new segment. An exception is the newest turn: it
+    stays whenever it fits, because it holds what the agent asked for last.
+    Raises ValueError if `fixed` does not fit.
 
     >>> turns_to_drop(fixed=10, turns=[40, 30, 20, 20], window=100)  # 10 + 20 + 20 stay
     2

@@ -36,9 +36,9 @@ Left out: paged memory, preemption, speculative decoding; top-k and top-p (a pol
 on the distribution it was sampled from); models with sliding windows or recurrent layers
 (`check_model` refuses them); Apple's GPUs, which have no float64. Agents of agent.py ask the
 engine, and their episodes go to grpo.py. `python rollout.py` compares the four ways. To reuse this
-file, copy agent.py and its imports, too.
+file, copy agent.py, env.py, tools.py and memory.py, too.
 
-After the engine comes the `Endpoint`: agents written elsewhere ask the engine over HTTP.
+Below the second line of ==== is the `Endpoint`: agents written elsewhere ask the engine over HTTP.
 `python rollout.py --serve runs/NAME` serves a finished run, `--chat` talks with it.
 """
 
@@ -351,10 +351,9 @@ class PrefixCache:
     """Which tokens each slot holds, and which slots are idle."""
 
     def __init__(self, slots: int, context: int):
-        # tokens[slot]: the tokens of its context, then -1. The newest sampled token is not among
-        # them: `extend` adds it in the next step, when it goes through the model.
-        # length[slot]: how many of these tokens have keys and values in the KV cache. The others
-        # are announced: a prefill of this step computes them.
+        # tokens[slot]: what the slot holds, or will hold after the passes of this step; then -1.
+        # length[slot]: how many of these tokens have keys and values in the KV cache already. The
+        # tokens beyond are promised: `find` waits for them if that saves enough.
         self.tokens = np.full((slots, context), -1)  # [slots, context]
         self.length = np.zeros(slots, dtype=np.int64)  # [slots]
         self.idle = list(range(slots))  # the one that was released first comes first
@@ -364,20 +363,19 @@ class PrefixCache:
 
         None: a prefill of this step computes a longer prefix, for another request. Wait for it.
         """
-        # shared: how many tokens are the same. ready: how many of these are computed already.
-        # Without the last token, which must go through the model: it predicts the next one.
-        shared = common_prefix(self.tokens, np.array(ids[:-1]))  # [slots]
-        ready = np.minimum(shared, self.length)  # [slots]
+        # The last token is left out. It must go through the model, to predict the next one.
+        promised = common_prefix(self.tokens, np.array(ids[:-1]))  # [slots]
+        ready = np.minimum(promised, self.length)  # [slots]
         longest = int(ready.max())
-        if shared.max() >= longest + WORTH_WAITING:
+        if promised.max() >= longest + WORTH_WAITING:
             return None  # if less would be saved, compute these tokens a second time
         # If an idle slot holds exactly this prefix, the request goes on there. Nothing is copied.
         for slot in self.idle:
             if ready[slot] == self.length[slot] == longest:
                 return Prefix(slot, longest, slot)
         # Else it takes the slot that has been idle longest, and the prefix is copied there. So the
-        # source keeps its other tokens, as their agent may come back. (Unless the source is itself
-        # the slot that has been idle longest: its other tokens are overwritten.)
+        # source keeps its other tokens, as their agent may come back. If the source itself has
+        # been idle longest, source and target are the same slot, and its tokens are overwritten.
         return Prefix(int(ready.argmax()), longest, self.idle[0])
 
     def take(self, slot: int, ids: list[int], length: int) -> None:
@@ -448,7 +446,8 @@ class Decoder:
             self._start_afresh()
         # asyncio cancels the future together with the agent that waits for it.
         self.waiting = [request for request in self.waiting if not request.answered.cancelled()]
-        # In order: the KV cache can read slots 0, 1, 2, ... in place.
+        # Before admission: `_prefill` samples the first token of a new request in this step, so it
+        # must not decode a second one. In order: the cache can read slots 0, 1, 2, ... in place.
         decoding = sorted(self.active)
         # Until nothing can be admitted: a prefill computes prefixes that other requests wait for.
         while admitted := self._admit():
@@ -483,8 +482,8 @@ class Decoder:
     def _next_waiting(self) -> list[AgentRequest]:
         """The waiting requests that can be admitted now, in the order of their agents.
 
-        Duplicates share a slot until they sample different tokens. Then each may need a slot of its
-        own. So requests are counted, not slots: `_split` always finds an idle slot.
+        Two duplicates use one slot now, and may need two after the next token. So at most as many
+        requests as slots are admitted, and `_split` always finds an idle slot.
         """
         in_slots = sum(len(requests) for requests in self.active.values())
         return sorted(self.waiting, key=attrgetter("agent"))[: self.cache.slots - in_slots]
@@ -634,7 +633,8 @@ class RejoinWindow:
 # own, and several sets of these would compete for the cores.
 DECODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
 
-# An agent's number among those of `play`. Requests are admitted in this order, in every run.
+# An agent's number among those of `play`. Requests are admitted in this order, in every run. All
+# agents written elsewhere have the number 0: they are admitted as they come.
 AGENT: ContextVar[int] = ContextVar("agent", default=0)
 
 
@@ -718,7 +718,7 @@ class Engine:
         requests: list[AgentRequest] = []  # of the last step
         try:
             await self.window.wait()
-            # After a failure `_reset` has replaced the decoder, and another server works for it.
+            # It is another one after a failed step, or if the agents run in a new event loop.
             while decoder is self.decoder and (self.arrived or decoder.requests()):
                 decoder.waiting += self.arrived
                 self.arrived = []
@@ -789,7 +789,86 @@ def play(starts: list[Callable[[], Coroutine]], at_once: int, engine: Engine | N
 
 
 # --------------------------------------------------------------------------------------------------
+# Models: which ones can be used, and a small one
+
+
+def check_model(model) -> None:
+    """Raise ValueError unless the engine and grpo.py get this model's log-probs right.
+
+    Both need logits that are the head times the last hidden states, and layers that need nothing
+    but the keys and values of all earlier tokens.
+    """
+    try:
+        obstacle = _known_obstacle(model) or _measured_obstacle(model)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        obstacle = f"{type(error).__name__}: {error}"  # a model of another make
+    if obstacle:
+        raise ValueError(f"{type(model).__name__} cannot be used here: {obstacle}")
+
+
+def _known_obstacle(model) -> str:
+    """What the configuration says is in the way, or ""."""
+    config = model.config.get_text_config()
+    window = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
+    kinds = set(getattr(config, "layer_types", None) or window)
+    if kinds - {"full_attention"}:
+        return f"its layers are of the kind {', '.join(sorted(kinds))}"
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        return "its head has a bias"
+    if getattr(config, "final_logit_softcapping", None):
+        return "its logits are capped"
+    return ""
+
+
+@torch.no_grad()
+def _measured_obstacle(model) -> str:
+    """Compares eight tokens in two passes through a slot with one plain pass."""
+    head = model.get_output_embeddings().weight  # [V, D]
+    positions = torch.arange(8, device=head.device)[None]  # [1, 8]
+    tokens, slot = positions % len(head), positions[0, :1]
+    through_slot = partial(forward, model.base_model, KVCache(slots=1, context=8), slot)
+    first = through_slot(tokens[:, :5], positions[:, :5], length=5)  # [1, 5, D]
+    second = through_slot(tokens[:, 5:], positions[:, 5:], length=8)  # [1, 3, D]
+    ours = (torch.cat([first, second], 1) @ head.T).float()  # [1, 8, V]
+    theirs = model(input_ids=tokens).logits.float()
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    agree = (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    return "" if agree else "its logits are not its head times its last hidden states"
+
+
+def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
+    """A Qwen3 of 0.7 million random parameters. The same seed gives the same weights.
+
+    Two layers are enough to find an earlier copy of the newest token and repeat what followed it.
+
+    >>> sum(p.numel() for p in small_model(1024).parameters())
+    656064
+    """
+    config = Qwen3Config(
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=16, intermediate_size=512, tie_word_embeddings=True,
+        max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+        # At first each head copies what it attends to. Training mostly learns where to attend.
+        for layer in model.model.layers:
+            values, out = layer.self_attn.v_proj.weight.data, layer.self_attn.o_proj.weight.data
+            out.copy_(0.2 * torch.nn.init.orthogonal_(values).T)
+    return model
+
+
+# ==================================================================================================
 # The endpoint: agents written elsewhere ask the engine over HTTP, as they would ask OpenAI
+#
+# Such a client knows one thing of its own only: the URL that it was given. So each episode has one
+# (a *session*). What happens to a request:
+#
+#     OutsideAgent._solve       opens a URL, and gives it to the agent
+#     Endpoint._connect         reads the request: `_read`, `read_request`
+#     Endpoint._dispatch        finds the session of the URL
+#     OutsideAgent.answer       samples: Recorder.sample, Engine.generate
+#     completion                turns the reply into the JSON of OpenAI
 
 MOST_BYTES = 4_000_000  # of a request's body
 MOST_CONNECTIONS = 256
@@ -806,18 +885,19 @@ class Session(Protocol):
 class Endpoint:
     """An OpenAI-compatible server: POST .../chat/completions and GET .../models.
 
-    It listens on this machine only, unless `host` says otherwise. Each open session has a URL that
-    nobody can guess. A URL is used again if its agent has ended and left nothing running, because
-    some clients are slow to make for a new URL.
+    It listens on this machine only. A URL is random, so no stray request reaches an episode.
+    Clients are slow to make, and some libraries keep one for each URL. So an agent that ended and
+    left nothing running gives its URL back, and `opened` uses it again.
 
     Use it in `async with`, in the event loop of the agents. Each connection takes one request:
     a client must not keep a connection for the next event loop.
     """
 
-    def __init__(self, host: str = LOOPBACK[0], port: int = 0):
-        self.listening = socket.create_server((host, port), backlog=MOST_CONNECTIONS)
-        self.address = f"http://{host}:{self.listening.getsockname()[1]}"
-        self.hosts = {f"{name}:{self.listening.getsockname()[1]}" for name in (*LOOPBACK, host)}
+    def __init__(self, port: int = 0):
+        self.listening = socket.create_server((LOOPBACK[0], port), backlog=MOST_CONNECTIONS)
+        port = self.listening.getsockname()[1]  # 0 means: any that is free
+        self.address = f"http://{LOOPBACK[0]}:{port}"
+        self.hosts = {f"{name}:{port}" for name in LOOPBACK}
         self.sessions: dict[str, Session] = {}  # by path
         self.free_urls: list[str] = []  # to use again
         # The task of each connection, the oldest first. True: it waits for a session's reply.
@@ -830,11 +910,11 @@ class Endpoint:
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = direct
 
     async def __aenter__(self) -> "Endpoint":
-        self.server = await asyncio.start_server(self._connect, sock=self.listening.dup())
+        self.http = await asyncio.start_server(self._connect, sock=self.listening.dup())
         return self
 
     async def __aexit__(self, *error) -> None:
-        self.server.close()
+        self.http.close()
         for connection in self.connections:
             connection.cancel()
         await asyncio.gather(*self.connections, return_exceptions=True)
@@ -850,6 +930,10 @@ class Endpoint:
             yield url
         finally:
             del self.sessions[path]
+
+    def release(self, url: str) -> None:
+        """This URL may be used again."""
+        self.free_urls.append(url)
 
     def say_once(self, topic: str, text: str) -> None:
         if topic not in self.said:
@@ -920,6 +1004,7 @@ class Endpoint:
             raise RequestError("the body is shorter than its Content-Length") from e
 
     async def _dispatch(self, method: str, path: str, body: bytes) -> bytes:
+        # "/KEY/v1/chat/completions": the session "/KEY/v1". A served run has "/v1".
         base, _, rest = path.partition("/v1/")
         session = self.sessions.get(base + "/v1")
         if session is None:
@@ -998,76 +1083,6 @@ def _http(status: int, kind: str, body: bytes) -> bytes:
     head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")
     return head.encode() + body
-
-
-# --------------------------------------------------------------------------------------------------
-# Models: which ones can be used, and a small one
-
-
-def check_model(model) -> None:
-    """Raise ValueError unless the engine and grpo.py get this model's log-probs right.
-
-    Both need logits that are the head times the last hidden states, and layers that need nothing
-    but the keys and values of all earlier tokens.
-    """
-    try:
-        obstacle = _known_obstacle(model) or _measured_obstacle(model)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        obstacle = f"{type(error).__name__}: {error}"  # a model of another make
-    if obstacle:
-        raise ValueError(f"{type(model).__name__} cannot be used here: {obstacle}")
-
-
-def _known_obstacle(model) -> str:
-    """What the configuration says is in the way, or ""."""
-    config = model.config.get_text_config()
-    window = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
-    kinds = set(getattr(config, "layer_types", None) or window)
-    if kinds - {"full_attention"}:
-        return f"its layers are of the kind {', '.join(sorted(kinds))}"
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        return "its head has a bias"
-    if getattr(config, "final_logit_softcapping", None):
-        return "its logits are capped"
-    return ""
-
-
-@torch.no_grad()
-def _measured_obstacle(model) -> str:
-    """Compares eight tokens in two passes through a slot with one plain pass."""
-    head = model.get_output_embeddings().weight  # [V, D]
-    positions = torch.arange(8, device=head.device)[None]  # [1, 8]
-    tokens, slot = positions % len(head), positions[0, :1]
-    through_slot = partial(forward, model.base_model, KVCache(slots=1, context=8), slot)
-    first = through_slot(tokens[:, :5], positions[:, :5], length=5)  # [1, 5, D]
-    second = through_slot(tokens[:, 5:], positions[:, 5:], length=8)  # [1, 3, D]
-    ours = (torch.cat([first, second], 1) @ head.T).float()  # [1, 8, V]
-    theirs = model(input_ids=tokens).logits.float()
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-    agree = (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-    return "" if agree else "its logits are not its head times its last hidden states"
-
-
-def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
-    """A Qwen3 of 0.7 million random parameters. The same seed gives the same weights.
-
-    Two layers are enough to find an earlier copy of the newest token and repeat what followed it.
-
-    >>> sum(p.numel() for p in small_model(1024).parameters())
-    656064
-    """
-    config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=16, intermediate_size=512, tie_word_embeddings=True,
-        max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-        # At first each head copies what it attends to. Training mostly learns where to attend.
-        for layer in model.model.layers:
-            values, out = layer.self_attn.v_proj.weight.data, layer.self_attn.o_proj.weight.data
-            out.copy_(0.2 * torch.nn.init.orthogonal_(values).T)
-    return model
 
 
 # --------------------------------------------------------------------------------------------------

@@ -175,10 +175,8 @@ def format_call(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{text}\n</tool_call>"
 
 
-# A tag that is never closed matches up to the end of the text, which \Z stands for. So each opening
-# tag matches, and the search goes on behind the match: it reads each character once. Without \Z, it
-# would run from an unclosed tag to the end, fail, and do the same from the next tag. This takes
-# quadratic time.
+# |\Z: a tag that is never closed matches up to the end of the text. Without it, each of n unclosed
+# tags would be searched to the end and fail: n * n steps.
 _SECTION = re.compile(r"<think>(?P<thought>.*?)(?:</think>|\Z)"
                       r"|<tool_call>(?P<block>.*?)(?P<close></tool_call>|\Z)", re.DOTALL)
 
@@ -398,7 +396,8 @@ async def _run_call(call: Call | CallError, tools: Mapping[str, Callable], timeo
         return await _in_time(_run_async(function, call.arguments), call.name, timeout)
     # A function that is no method has no object. It gets a lock of its own, and waits for nobody.
     owner = getattr(function, "__self__", None)
-    async with asyncio.Lock() if owner is None else locks[id(owner)]:
+    lock = asyncio.Lock() if owner is None else locks[id(owner)]
+    async with lock:
         job = in_thread(lambda: _run_plain(function, call.arguments))
         return await _in_time(job, call.name, timeout)
 
@@ -432,8 +431,8 @@ async def _in_time(work: Awaitable[Observation], name: str, timeout: float) -> O
     future = asyncio.ensure_future(work)
     try:
         async with limit:
-            # At the limit, `asyncio.wait` returns and leaves the task alone. `await future` would
-            # cancel the task and wait for its end: for ever, if it swallows its cancellation.
+            # The limit cancels this wait, not the task. `await future` would cancel the task and
+            # wait for its end: for ever, if it swallows its cancellation.
             await asyncio.wait({future})
     except TimeoutError:
         if not future.done():  # it is done if only the event loop was late
@@ -499,8 +498,9 @@ def safe_tools(tools: Mapping[str, Callable], timeout: float,
     ('42', 'error: ValueError: division by zero',
      "error: got an unexpected keyword argument 'number'")
     """
-    lock = threading.Lock()  # one call at a time: these tools change one environment
-    # The mapping itself goes on: once it is emptied, the tools do nothing any more.
+    lock = threading.Lock()  # one plain call at a time: these tools change one environment
+    # The caller's mapping, not a copy: agent.py empties it at the end of the episode. After that, a
+    # late call gets "there is no such tool".
     return [_safe_tool(name, tools, timeout, report, lock) for name in tools]
 
 
@@ -518,7 +518,8 @@ def _safe_tool(name: str, tools: Mapping[str, Callable], timeout: float,
 
     def call_plain(*args, **kwargs) -> str:
         with lock:
-            # In a thread of its own: the caller's may run an event loop already.
+            # A plain function blocks its caller, but `run_calls` needs an event loop, and the
+            # caller's thread may run one already. So: a thread with a loop of its own.
             job = start_thread(lambda: asyncio.run(call_async(*args, **kwargs)))
             error = job.exception()  # no more threads or files
             return _failed(describe(error)).text if error else job.result()
@@ -542,7 +543,7 @@ def _as_call(name: str, signature: inspect.Signature, parameters: dict, args: tu
         arguments = json.loads(json.dumps(arguments, allow_nan=False))
         return _check_call({"name": name, "arguments": arguments}, parameters)
     except Exception as error:  # Python lets an agent pass any object, and its methods may fail
-        return CallError(describe(error).partition(": ")[2])
+        return CallError(describe(error).partition(": ")[2])  # without the exception's name
 
 
 def _as_text(result: Any) -> str:
@@ -634,9 +635,9 @@ def as_function(tool: Any) -> Callable:
 def function_of(name: str, description: str, parameters: dict, call: Callable) -> Callable:
     """A function with type hints and a docstring, made from a tool's JSON schema.
 
-    `call` gets the arguments as one dictionary. If it is an `async def`, so is the function. An
-    argument that may be left out counts as left out when it is None. Hints cannot express all of
-    JSON schema: an object becomes a `dict`, whatever its fields.
+    `call` gets the arguments as one dictionary. If it is an `async def`, so is the function.
+    Optional arguments default to None, and None is not passed on. Hints cannot express all of JSON
+    schema: an object becomes a `dict`, whatever its fields.
     """
     specs, required = parameters.get("properties", {}), parameters.get("required", [])
     hints, arguments = {}, []
@@ -789,7 +790,9 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 #   - a program that reads what lies under /usr/lib.
 #
 # Two processes of ours take part. `python` starts bubblewrap, and reads what the program prints.
-# `_supervise` runs inside the sandbox, starts the program, and ends it.
+# `_supervise` runs inside the sandbox, starts the program, and ends it. At a time limit: `python`
+# writes a byte -> `_supervise` exits -> it is process 1 of the sandbox, so the kernel kills all
+# others -> the pipe with their output closes -> `python` returns.
 
 # Limits of each process of a program, by the names of setrlimit(2): seconds of processor time,
 # bytes of memory, bytes of a file, open files. NPROC alone is for the whole program: its processes
@@ -838,10 +841,10 @@ async def python(code: str) -> str:
 
 
 async def wait_for_core() -> None:
-    """Take one of `_FREE_CORES`. While a program waits for it, its ten seconds must not run.
+    """Take one of `_FREE_CORES`. The time limit of the call must stand still meanwhile.
 
-    So each time that we wait, we put off the time limit of the call by as long. `_in_time` leaves
-    its limit in a context variable, which also reaches a `python` that another tool calls.
+    So each time that we wait, we put off the limit by as long. `_in_time` leaves its limit in a
+    context variable, which also reaches a `python` that another tool calls.
     """
     pause, now, limit = 0.02, asyncio.get_running_loop().time, _running_limit.get()
     left = limit.when() - now() if limit else 0.0

@@ -18,7 +18,7 @@ A run leaves a folder runs/NAME: run.json (options), metrics.jsonl (a line per s
 episodes.jsonl.gz (every episode, token by token), checkpoints/, model/ (a Hugging Face folder),
 scores.json (held-out successes, task by task) and, last of all, summary.json. A run may be killed
 at any instant. When it is resumed, it ends with the same bits as a run that was never stopped, if
-its tools are quick (`--rejoin-window`).
+its tools are quick (`--rejoin-window`, see rollout.py).
 
 Left out: a search for learning rates, and dashboards.
 """
@@ -59,7 +59,7 @@ import grpo
 from agent import Agent, Chat, Episode, OutsideAgent, Script, small_tokenizer, transcript
 from env import ENVIRONMENTS, EnvError, demonstrator, seeds
 from grpo import GRPOConfig, gather, option, ranks
-from rollout import Endpoint, Engine, play, small_model
+from rollout import Endpoint, Engine, make_chat, play, small_model
 from tools import schema, tools_of
 
 
@@ -94,9 +94,8 @@ def train_step(setup: "Setup", optimizer, progress: "Progress") -> "Step":
     report = grpo.update(setup.model, optimizer, rows, config, config.temperature, setup.reference)
 
     progress.step = step
-    # dict.update keeps the last pair of each environment: its next step begins after its largest
-    # seed.
-    progress.next_seed.update((env, seed + 1) for env, seed in tasks)
+    for env, seed in tasks:  # in ascending order of their seeds
+        progress.next_seed[env] = seed + 1
     return Step(episodes, advantages, {"step": step, "lr": lr, **signal_report, **report})
 
 
@@ -135,7 +134,7 @@ def make_optimizer(setup: "Setup") -> torch.optim.Optimizer:
 #     reinforcement learning     (--seed + 1) * TRAINING_SEEDS
 #     demonstrations             (--seed + 1) * DEMONSTRATION_SEEDS
 #
-# A task that is held out for evaluation is never trained on, whatever its seed (env.held_out).
+# A task that is held out for evaluation is never trained on, whatever its seed (env.split).
 TRAINING_SEEDS, DEMONSTRATION_SEEDS = 10**6, 10**9
 
 Scores = dict[str, dict[str, list[int]]]  # see `evaluate`
@@ -304,7 +303,7 @@ class Setup:
 def choose_tasks(setup: Setup, progress: Progress) -> list[tuple[str, int]]:
     """(environment, seed) of each task of the next step, an equal share of each environment.
 
-    What is left of a division goes to one environment after the other, step by step.
+    With 18 tasks and 4 environments, each gets 4. The next two in turn get one more.
     """
     names, number = list(setup.envs), setup.config.tasks_per_step
     places = range(progress.step * number, (progress.step + 1) * number)
@@ -387,7 +386,8 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
     async def attempt(env: str, seed: int, member: int) -> Episode:
         environment = setup.envs[env]()
         messages = generators[env](environment, Random(f"demonstration {setup.config.seed} {seed}"))
-        agent = setup.agent(Script(setup.chat, messages))
+        agent = setup.agent(Script(setup.chat, messages))  # in the place of the LLM
+        # A generator beside your agent must see each request before it writes.
         if setup.player.endpoint and setup.player.demonstrator:
             agent.recite(messages)
         try:
@@ -399,7 +399,8 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
     for env, number in counts.items():
         tasks = islice(seeds(setup.envs[env], evaluation=False, start=start), number)
         places += [(i / number, env, seed) for i, seed in enumerate(tasks)]
-    places.sort(key=lambda place: place[0])  # equal shares keep the order of `counts`
+    # So each environment is spread evenly over the list. Equal places keep the order of `counts`.
+    places.sort(key=lambda place: place[0])
     tasks = [(env, seed) for _, env, seed in places]
     return play_tasks(setup, tasks, 1, attempt, at_once=64)
 
@@ -433,53 +434,6 @@ def warmup_share(step: int, steps: int) -> float:
     to 0.1 over all steps. With only 12 steps, the product is never above 1/6.
     """
     return min(1.0, step / 20) * (1 - 0.9 * step / steps)
-
-
-class Imitator:
-    """The optimizer of the warm start. It is not RL: skip it on first reading.
-
-    AdamW works too, but needs about three times the steps. Muon trains the matrices of the small
-    model's layers: it makes a step orthogonal, so that a matrix moves equally far in all
-    directions. AdamW trains all other weights, and a given model. So does RL: rewards are noisy,
-    and Muon moves as far along noise as along signal.
-
-    Muon: kellerjordan.github.io/posts/muon, scaled as in arXiv 2502.16982. Not torch.optim.Muon,
-    because it multiplies in bfloat16, which the CPUs of most laptops emulate slowly.
-    """
-
-    def __init__(self, model, config: Config):
-        layers = [] if config.model else grpo.masters(model.base_model.layers)
-        self.averages = {p: torch.zeros_like(p) for p in layers if p.ndim == 2}  # of gradients
-        others = [p for p in grpo.masters(model) if p not in self.averages]
-        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
-        self.param_groups = self.adam.param_groups  # its learning rate holds for both
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.adam.step()
-        for p, average in self.averages.items():
-            average.lerp_(p.grad, 0.05)
-            direction = orthogonal(p.grad.lerp(average, 0.95))  # Nesterov's momentum
-            # Scaled so that an entry moves as far as with Adam.
-            p.sub_(direction, alpha=self.param_groups[0]["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """The matrix [M, N] with the singular vectors of x, and singular values near 1.
-
-    It takes five steps of a Newton-Schulz iteration.
-
-    >>> orthogonal(torch.tensor([[0.01, 0.0], [0.0, 0.02]])).round(decimals=1)
-    tensor([[1.1000, 0.0000],
-            [0.0000, 0.7000]])
-    """
-    if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x  # Keller Jordan's coefficients
-    return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,9 +529,7 @@ def make_engine(model, tokenizer, config: Config) -> tuple[Chat, Engine]:
     if known < len(tokenizer):  # more is common: a model's vocabulary is often rounded up
         raise ValueError(f"the model knows {known} tokens and its tokenizer has {len(tokenizer)}: "
                          "they do not belong together")
-    ends = model.generation_config.eos_token_id  # Llama 3 has several; its tokenizer knows one
-    ends = ends if isinstance(ends, list) else [ends]
-    chat = Chat(tokenizer, set(ends) - {None})
+    chat = make_chat(model, tokenizer)
     return chat, Engine(model, chat.stop_ids, slots=config.slots, context=config.context,
                         rejoin_window=config.rejoin_window)
 
@@ -679,6 +631,57 @@ def check_trial(setup: Setup, episodes: list[Episode]) -> None:
             raise UserError(f"{e.env}: messages do not fit --context {setup.config.context}")
         if not e.turns:
             raise UserError("--agent asked the policy nothing: does it use base_url?")
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer of the warm start. It is no part of RL
+
+
+class Imitator:
+    """The optimizer of the warm start. It is not RL: skip it on first reading.
+
+    AdamW works too, but needs about three times the steps. Muon trains the matrices of the small
+    model's layers: it makes a step orthogonal, so that a matrix moves equally far in all
+    directions. AdamW trains all other weights, and a given model. So does RL: rewards are noisy,
+    and Muon moves as far along noise as along signal.
+
+    Muon: kellerjordan.github.io/posts/muon, scaled as in arXiv 2502.16982. Not torch.optim.Muon,
+    because it multiplies in bfloat16, which the CPUs of most laptops emulate slowly.
+    """
+
+    def __init__(self, model, config: Config):
+        layers = [] if config.model else grpo.masters(model.base_model.layers)
+        self.averages = {p: torch.zeros_like(p) for p in layers if p.ndim == 2}  # of gradients
+        others = [p for p in grpo.masters(model) if p not in self.averages]
+        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
+        self.param_groups = self.adam.param_groups  # its learning rate holds for both
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.adam.step()
+        for p, average in self.averages.items():
+            average.lerp_(p.grad, 0.05)
+            direction = orthogonal(p.grad.lerp(average, 0.95))  # Nesterov's momentum
+            # Scaled so that an entry moves as far as with Adam.
+            p.sub_(direction, alpha=self.param_groups[0]["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """The matrix [M, N] with the singular vectors of x, and singular values near 1.
+
+    It takes five steps of a Newton-Schulz iteration.
+
+    >>> orthogonal(torch.tensor([[0.01, 0.0], [0.0, 0.02]])).round(decimals=1)
+    tensor([[1.1000, 0.0000],
+            [0.0000, 0.7000]])
+    """
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x  # Keller Jordan's coefficients
+    return x
 
 
 # ==================================================================================================

@@ -117,7 +117,7 @@ def test_your_own_tool_environment_and_model_work(tmp_path, here):
     MODEL is what a first run with the same files has trained.
     """
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README.read_text(), re.DOTALL)
-    assert [name for name, _ in blocks] == ["buttons.py", "my_agent.py"]
+    assert [name for name, _ in blocks] == ["buttons.py", "planner.py", "my_agent.py"]
     for name, code in blocks:
         assert code.count("\n") < 20
         (tmp_path / name).write_text(code)
@@ -129,6 +129,9 @@ def test_your_own_tool_environment_and_model_work(tmp_path, here):
     code, _, errors = here(tmp_path, "--name", "given", *SMALL, *options)
     assert code == 0, errors
     assert (tmp_path / "runs" / "given" / "model" / "model.safetensors").is_file()
+    code, _, errors = here(tmp_path, "--name", "planner", *SMALL, "--env", "lookup", "--context", "500",
+                           "--agent", "planner.py:plan_then_execute", *options[-2:])
+    assert code == 0, errors
     pytest.importorskip("langchain_openai", reason="see tests/requirements-peers.txt")
     (command,) = [words for words in commands(README) if "--agent" in words]
     options = command[command.index("train.py") + 1 :]
