@@ -75,6 +75,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from agent import (
     Chat,
@@ -1192,6 +1193,7 @@ def command_line() -> None:
     options = parser.parse_args()
     if not (options.serve or options.chat):
         return demo()
+    disable_progress_bar()
     try:
         run = FinishedRun(options.serve or options.chat)
         asyncio.run(serve(run, options.port) if options.serve else talk(run))

@@ -1052,6 +1052,7 @@ def stop_with_the_others(*_) -> None:
 def command_line() -> None:
     config, = HfArgumentParser(Config).parse_args_into_dataclasses()
     sys.stdout.reconfigure(line_buffering=True)  # into a log file, too
+    transformers.utils.logging.disable_progress_bar()
     try:
         check_options(config)
         join(config)
