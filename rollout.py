@@ -349,7 +349,17 @@ class Prefix:
 
 
 class PrefixCache:
-    """Which tokens each slot holds, and which slots are idle."""
+    """Which tokens each slot holds, and which slots are idle.
+
+    >>> cache = PrefixCache(slots=3, context=8)
+    >>> cache.take(0, [5, 6, 7], length=0)  # a request, whose prefill computes three tokens
+    >>> cache.extend(0, [5, 6, 7])
+    >>> cache.release(0)  # its message has ended. The slot keeps the tokens
+    >>> cache.find([5, 6, 7, 8])  # the same agent comes back: it goes on in slot 0
+    Prefix(source=0, length=3, target=0)
+    >>> cache.find([5, 6, 9])  # another agent: two tokens are copied to slot 1, idle for longer
+    Prefix(source=0, length=2, target=1)
+    """
 
     def __init__(self, slots: int, context: int):
         # tokens[slot]: what the slot holds, or will hold after the passes of this step; then -1.
@@ -1197,7 +1207,7 @@ def command_line() -> None:
     try:
         run = FinishedRun(options.serve or options.chat)
         asyncio.run(serve(run, options.port) if options.serve else talk(run))
-    except (OSError, LookupError, ValueError) as e:
+    except (OSError, LookupError, ValueError, RequestError) as e:
         print(f"rollout.py: {e}", file=sys.stderr)
         sys.exit(2)
     except (EOFError, KeyboardInterrupt):

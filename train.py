@@ -169,7 +169,8 @@ class Config(GRPOConfig):
 
     env: list[str] = field(default_factory=lambda: [*ENVIRONMENTS], metadata={
         "help": "environments: NAME, NAME:argument=value,..., or FILE.py:Class"})
-    agent: str = option("", "FILE.py:function: an agent of yours (see tests/README.md)")
+    agent: str = option("", "FILE.py:function, an agent of yours: solve(task, tools, base_url), or "
+                            "workflow(agent)")
     model: str = option("", "folder or hub id of a causal language model; empty: a small one")
     name: str = option("", "name of the run's folder under runs/; empty: the next number")
     seed: int = option(0, "of weights, tasks and sampling")
