@@ -611,7 +611,10 @@ def check_fit(setup: Setup) -> None:
     """Raise UserError if a message has no room, or if a demonstrator or your agent fails."""
     config = setup.config
     counts = dict.fromkeys(setup.demonstrators, 10 if config.warmup_steps else 0)
-    check_trial(setup, demonstrations(setup, counts, start=0))
+    shown = demonstrations(setup, counts, start=0)
+    if any(e.finish == "context" for e in shown):
+        raise UserError(f"demonstrations do not fit --context {config.context}")
+    check_trial(setup, shown)
     if config.agent:
         tasks = [(env, next(seeds(of, evaluation=False))) for env, of in setup.envs.items()]
         check_trial(setup, roll_out(setup, tasks, "trial", 1, 1.0))
@@ -628,8 +631,9 @@ def check_trial(setup: Setup, episodes: list[Episode]) -> None:
     for e in episodes:
         if e.error and setup.config.agent:
             raise UserError(f"--agent fails: {e.error}")
-        if e.finish == "context":
-            raise UserError(f"{e.env}: messages do not fit --context {setup.config.context}")
+        # A policy of random weights may fill the context. But its first message must fit.
+        if e.finish == "context" and not any(any(segment.sampled) for segment in e.segments):
+            raise UserError(f"{e.env}: a prompt does not fit --context {setup.config.context}")
         if not e.turns:
             raise UserError("--agent asked the policy nothing: does it use base_url?")
 
