@@ -1019,7 +1019,7 @@ class Endpoint:
         base, _, rest = path.partition("/v1/")
         session = self.sessions.get(base + "/v1")
         if session is None:
-            raise RequestError("there is no such URL, or its episode has ended", 404)
+            raise RequestError(f"there is no {path[:80]}, or its episode has ended", 404)
         if (method, rest) == ("GET", "models"):
             return _json({"object": "list", "data": [{"id": "policy", "object": "model"}]})
         if (method, rest) != ("POST", "chat/completions"):
@@ -1135,7 +1135,7 @@ async def serve(run: FinishedRun, port: int) -> None:
     """An OpenAI-compatible server until Ctrl-C, for programs on this machine."""
     async with Endpoint(port=port) as endpoint:
         endpoint.sessions["/v1"] = run
-        print(f"base_url {endpoint.address}/v1, any api_key; Ctrl-C stops it")
+        print(f"base_url {endpoint.address}/v1 (any api_key; Ctrl-C stops it)")
         await asyncio.Event().wait()
 
 
