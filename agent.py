@@ -789,7 +789,8 @@ def _printable(text: str) -> str:
 
 
 # ==================================================================================================
-# Agents written elsewhere. They know messages only, so a Recorder keeps the tokens
+# Agents written elsewhere. They know messages only, so a Recorder keeps the tokens.
+# Training needs none of this: skip it on first reading.
 #
 # Such an agent (LangGraph, smolagents, the openai client) sends a whole conversation and gets the
 # next message, over HTTP (rollout.Endpoint). If its conversation goes on where an earlier one

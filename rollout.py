@@ -870,7 +870,8 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
 
 
 # ==================================================================================================
-# The endpoint: agents written elsewhere ask the engine over HTTP, as they would ask OpenAI
+# The endpoint: agents written elsewhere ask the engine over HTTP, as they would ask OpenAI.
+# Training needs none of this: skip it on first reading.
 #
 # Such a client knows one thing of its own only: the URL that it was given. So each episode has one
 # (a *session*). What happens to a request:

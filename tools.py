@@ -9,7 +9,8 @@
 The idea to take away: a policy that explores writes broken calls, so *nothing it writes may raise*.
 What is wrong with a call, and how to write it right, becomes an observation. The episode goes on,
 and the policy can learn from it. `plain_run` shows this in a few lines. Below the line of ==== is
-the version that survives a policy in training. Two tools follow: `calculator` and `python`.
+the version that survives a policy in training, and a first tool, `calculator`. Stop at the second
+line of ====: what follows is a sandbox for programs (`python`), and tools of other libraries.
 
 Limits: Python cannot kill a thread. A tool that takes too long is abandoned, and its thread runs
 on. Only one thread runs Python at a time (the GIL). One call into C may hold the GIL, and then no
@@ -485,67 +486,6 @@ def start_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
     return result
 
 
-def safe_tools(tools: Mapping[str, Callable], timeout: float,
-               report: Callable[[Observation], None] = lambda observation: None) -> list[Callable]:
-    """The same tools as functions that never raise, for an agent written elsewhere.
-
-    They obey the rules of `run_calls`, and return the text of the observation. Bad arguments become
-    a text, too: so a mistake of the policy does not look like a mistake of the agent. `report` is
-    called with each observation. Names, type hints and docstrings stay. `async def` stays, too.
-
-    >>> [safe] = safe_tools({"calculator": calculator}, timeout=10)
-    >>> safe("6*7"), safe("1/0"), safe(number=2)  # doctest: +NORMALIZE_WHITESPACE
-    ('42', 'error: ValueError: division by zero',
-     "error: got an unexpected keyword argument 'number'")
-    """
-    lock = threading.Lock()  # one plain call at a time: these tools change one environment
-    # The caller's mapping, not a copy: agent.py empties it at the end of the episode. After that, a
-    # late call gets "there is no such tool".
-    return [_safe_tool(name, tools, timeout, report, lock) for name in tools]
-
-
-def _safe_tool(name: str, tools: Mapping[str, Callable], timeout: float,
-               report: Callable[[Observation], None], lock: threading.Lock) -> Callable:
-    tool = as_function(tools[name])
-    signature = inspect.signature(tool)
-    parameters = {name: schema(tool)["function"]["parameters"]}
-
-    async def call_async(*args, **kwargs) -> str:
-        call = _as_call(name, signature, parameters, args, kwargs)
-        [observation] = await run_calls([call], tools, timeout=timeout)
-        report(observation)
-        return observation.text
-
-    def call_plain(*args, **kwargs) -> str:
-        with lock:
-            # A plain function blocks its caller, but `run_calls` needs an event loop, and the
-            # caller's thread may run one already. So: a thread with a loop of its own.
-            job = start_thread(lambda: asyncio.run(call_async(*args, **kwargs)))
-            error = job.exception()  # no more threads or files
-            return _failed(describe(error)).text if error else job.result()
-
-    safe = call_async if inspect.iscoroutinefunction(tool) else call_plain
-    functools.update_wrapper(safe, tool)  # its name and docstring
-    # Frameworks describe a tool by its hints or by its signature. Both say that it returns text.
-    safe.__annotations__ = typing.get_type_hints(tool) | {"return": str}
-    takes = [parameter.replace(annotation=safe.__annotations__[key])
-             for key, parameter in signature.parameters.items()]
-    safe.__signature__ = signature.replace(parameters=takes, return_annotation=str)
-    return safe
-
-
-def _as_call(name: str, signature: inspect.Signature, parameters: dict, args: tuple,
-             kwargs: dict) -> Call | CallError:
-    """The arguments by name and as JSON gives them, checked as if a policy had written them."""
-    try:
-        # Not `bind`: `_check_call` says more about an argument that is missing.
-        arguments = signature.bind_partial(*args, **kwargs).arguments
-        arguments = json.loads(json.dumps(arguments, allow_nan=False))
-        return _check_call({"name": name, "arguments": arguments}, parameters)
-    except Exception as error:  # Python lets an agent pass any object, and its methods may fail
-        return CallError(describe(error).partition(": ")[2])  # without the exception's name
-
-
 def _as_text(result: Any) -> str:
     """Text as it is, None as "done", bytes decoded, all else as JSON or, if that fails, as `str`.
 
@@ -598,7 +538,88 @@ def clip(text: str, max_chars: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tools written for other libraries
+# Tool: calculator
+
+_LARGEST = 10**300  # whole numbers below it fit a float, so no operation overflows on the way
+
+
+def calculator(expression: str) -> str:
+    """Work out an arithmetic expression. Whole numbers below 10**300 are exact.
+
+    Args:
+        expression: Numbers, + - * / // % ** and parentheses, such as "(12 + 3.5) * 2 ** 4".
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: What is wrong with the expression.
+
+    >>> calculator("3 * (2**64 + 1)"), calculator("0.1 + 0.2"), calculator("7 / 2")
+    ('55340232221128654851', '0.3', '3.5')
+    """
+    if len(expression) > 500:
+        raise ValueError(f"the expression has {len(expression):,} characters, more than 500: "
+                         "work it out in parts")
+    try:
+        value = _evaluate(ast.parse(expression.strip(), mode="eval").body)
+    except ZeroDivisionError:
+        raise ValueError("division by zero") from None
+    except (RecursionError, MemoryError):  # MemoryError is what Python's parser raises
+        raise ValueError("the expression is nested too deeply") from None
+    except OverflowError:
+        raise ValueError("a number is too large: the limit is 10**300") from None
+    except SyntaxError as error:
+        shown = repr(expression[:60])
+        raise ValueError(f"not an arithmetic expression ({error.msg}): {shown}") from None
+    if isinstance(value, int):
+        return str(value)
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.12g}"
+
+
+def _evaluate(node: ast.AST) -> float:
+    """Computes numbers and the operations below, and refuses everything else."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = node.value
+    elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        value = _OPERATIONS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
+        value = _OPERATIONS[type(node.op)](_evaluate(node.operand))
+    else:
+        raise ValueError("only numbers, + - * / // % ** and parentheses are allowed, "
+                         f"not {ast.unparse(node)[:40]!r}")
+    if not abs(value) < _LARGEST:
+        raise OverflowError
+    return value
+
+
+def _divide(a: float, b: float) -> float:
+    if isinstance(a, int) and isinstance(b, int) and a % b == 0:
+        return a // b  # 10**30 / 10 as floats would lose the last digits
+    return a / b
+
+
+def _power(base: float, exponent: float) -> float:
+    if base < 0 and exponent != int(exponent):
+        raise ValueError("a negative number to the power of a fraction is not a real number")
+    # Checked before computing: 9**9**9 has 370 million digits.
+    if abs(base) > 1 and exponent * math.log10(abs(base)) > 300:
+        raise OverflowError
+    return base**exponent
+
+
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+               ast.Div: _divide, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+               ast.Pow: _power, ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+# ==================================================================================================
+# That is all that an agent needs. Skip the rest on first reading: tools for agents written
+# elsewhere, tools of other libraries, and `python`, which runs a policy's programs in a sandbox.
+# ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
+# Tools and agents of other libraries
 
 
 def as_function(tool: Any) -> Callable:
@@ -695,80 +716,65 @@ def _hint(spec: dict, definitions: dict[str, dict]) -> Any:
     return Union[tuple(hints)]  # noqa: UP007  (there is no | of a list)
 
 
-# --------------------------------------------------------------------------------------------------
-# Tool: calculator
+def safe_tools(tools: Mapping[str, Callable], timeout: float,
+               report: Callable[[Observation], None] = lambda observation: None) -> list[Callable]:
+    """The same tools as functions that never raise, for an agent written elsewhere.
 
-_LARGEST = 10**300  # whole numbers below it fit a float, so no operation overflows on the way
+    They obey the rules of `run_calls`, and return the text of the observation. Bad arguments become
+    a text, too: so a mistake of the policy does not look like a mistake of the agent. `report` is
+    called with each observation. Names, type hints and docstrings stay. `async def` stays, too.
 
-
-def calculator(expression: str) -> str:
-    """Work out an arithmetic expression. Whole numbers below 10**300 are exact.
-
-    Args:
-        expression: Numbers, + - * / // % ** and parentheses, such as "(12 + 3.5) * 2 ** 4".
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: What is wrong with the expression.
-
-    >>> calculator("3 * (2**64 + 1)"), calculator("0.1 + 0.2"), calculator("7 / 2")
-    ('55340232221128654851', '0.3', '3.5')
+    >>> [safe] = safe_tools({"calculator": calculator}, timeout=10)
+    >>> safe("6*7"), safe("1/0"), safe(number=2)  # doctest: +NORMALIZE_WHITESPACE
+    ('42', 'error: ValueError: division by zero',
+     "error: got an unexpected keyword argument 'number'")
     """
-    if len(expression) > 500:
-        raise ValueError(f"the expression has {len(expression):,} characters, more than 500: "
-                         "work it out in parts")
+    lock = threading.Lock()  # one plain call at a time: these tools change one environment
+    # The caller's mapping, not a copy: agent.py empties it at the end of the episode. After that, a
+    # late call gets "there is no such tool".
+    return [_safe_tool(name, tools, timeout, report, lock) for name in tools]
+
+
+def _safe_tool(name: str, tools: Mapping[str, Callable], timeout: float,
+               report: Callable[[Observation], None], lock: threading.Lock) -> Callable:
+    tool = as_function(tools[name])
+    signature = inspect.signature(tool)
+    parameters = {name: schema(tool)["function"]["parameters"]}
+
+    async def call_async(*args, **kwargs) -> str:
+        call = _as_call(name, signature, parameters, args, kwargs)
+        [observation] = await run_calls([call], tools, timeout=timeout)
+        report(observation)
+        return observation.text
+
+    def call_plain(*args, **kwargs) -> str:
+        with lock:
+            # A plain function blocks its caller, but `run_calls` needs an event loop, and the
+            # caller's thread may run one already. So: a thread with a loop of its own.
+            job = start_thread(lambda: asyncio.run(call_async(*args, **kwargs)))
+            error = job.exception()  # no more threads or files
+            return _failed(describe(error)).text if error else job.result()
+
+    safe = call_async if inspect.iscoroutinefunction(tool) else call_plain
+    functools.update_wrapper(safe, tool)  # its name and docstring
+    # Frameworks describe a tool by its hints or by its signature. Both say that it returns text.
+    safe.__annotations__ = typing.get_type_hints(tool) | {"return": str}
+    takes = [parameter.replace(annotation=safe.__annotations__[key])
+             for key, parameter in signature.parameters.items()]
+    safe.__signature__ = signature.replace(parameters=takes, return_annotation=str)
+    return safe
+
+
+def _as_call(name: str, signature: inspect.Signature, parameters: dict, args: tuple,
+             kwargs: dict) -> Call | CallError:
+    """The arguments by name and as JSON gives them, checked as if a policy had written them."""
     try:
-        value = _evaluate(ast.parse(expression.strip(), mode="eval").body)
-    except ZeroDivisionError:
-        raise ValueError("division by zero") from None
-    except (RecursionError, MemoryError):  # MemoryError is what Python's parser raises
-        raise ValueError("the expression is nested too deeply") from None
-    except OverflowError:
-        raise ValueError("a number is too large: the limit is 10**300") from None
-    except SyntaxError as error:
-        shown = repr(expression[:60])
-        raise ValueError(f"not an arithmetic expression ({error.msg}): {shown}") from None
-    if isinstance(value, int):
-        return str(value)
-    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.12g}"
-
-
-def _evaluate(node: ast.AST) -> float:
-    """Computes numbers and the operations below, and refuses everything else."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value
-    elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        value = _OPERATIONS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
-    elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
-        value = _OPERATIONS[type(node.op)](_evaluate(node.operand))
-    else:
-        raise ValueError("only numbers, + - * / // % ** and parentheses are allowed, "
-                         f"not {ast.unparse(node)[:40]!r}")
-    if not abs(value) < _LARGEST:
-        raise OverflowError
-    return value
-
-
-def _divide(a: float, b: float) -> float:
-    if isinstance(a, int) and isinstance(b, int) and a % b == 0:
-        return a // b  # 10**30 / 10 as floats would lose the last digits
-    return a / b
-
-
-def _power(base: float, exponent: float) -> float:
-    if base < 0 and exponent != int(exponent):
-        raise ValueError("a negative number to the power of a fraction is not a real number")
-    # Checked before computing: 9**9**9 has 370 million digits.
-    if abs(base) > 1 and exponent * math.log10(abs(base)) > 300:
-        raise OverflowError
-    return base**exponent
-
-
-_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-               ast.Div: _divide, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-               ast.Pow: _power, ast.UAdd: operator.pos, ast.USub: operator.neg}
+        # Not `bind`: `_check_call` says more about an argument that is missing.
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        arguments = json.loads(json.dumps(arguments, allow_nan=False))
+        return _check_call({"name": name, "arguments": arguments}, parameters)
+    except Exception as error:  # Python lets an agent pass any object, and its methods may fail
+        return CallError(describe(error).partition(": ")[2])  # without the exception's name
 
 
 # --------------------------------------------------------------------------------------------------
