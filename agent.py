@@ -35,7 +35,7 @@ A *workflow* of your own may take the place of the loop in `Agent.run`. This is 
 `fresh` and `branch` open more contexts in the same episode. An agent written elsewhere (LangGraph,
 smolagents, the openai client) plays through `OutsideAgent`, below the second line of ====.
 
-Left out: images, and other tools during an episode.
+Left out: images, and changing the tools during an episode.
 
 Takes an LLM (the engine of rollout.py, or any object with `generate`), a tokenizer and an
 environment (env.py). Gives an Episode (to grpo.py). `python agent.py` prints one episode token by
@@ -144,8 +144,9 @@ class LLM(Protocol):
 class Segment:
     """The tokens of one context window, append-only: exactly what the model saw, in order.
 
-    An episode has one segment, unless the window fills up. Then old turns leave it, and the next
-    segment begins with the prompt and the turns that stay. These count as read there, even the
+    An episode has one segment, unless the window fills up, or a workflow opens another context. In
+    a full window old turns leave, and the next segment begins with the prompt and the turns that
+    stay. These count as read there, even the
     messages. So each sampled token is `sampled` in exactly one segment: where it was chosen.
     """
 
@@ -182,9 +183,10 @@ class Episode:
                   env_done     the task ended in another way, for example by the last move
     truncated     max_turns    the policy used all its turns, or a workflow stopped early
                   length       the policy used all its turns, and its last message was cut
-                  context      the prompt alone leaves no room for a message (of an agent written
-                               elsewhere: its messages do)
-    failed        error        the environment's own code failed, so the reward means nothing
+                  context      no room is left for a message: the prompt fills the context (for an
+                               agent written elsewhere: its conversation does)
+    failed        error        the code of the environment, or of an agent written elsewhere,
+                               failed, so the reward means nothing
     """
 
     seed: int = 0  # of the task, not of the sampling
@@ -412,7 +414,7 @@ class Agent:
         """Count a message that will be sampled, and note the state it answers."""
         turn = self.episode.turns
         self.episode.turns += 1
-        self.episode.states.append("")
+        self.episode.states.append("")  # its place: another turn may begin while we wait
         self.episode.states[turn] = await self._ask("state", lambda: _text(self.env.state))
         return turn
 

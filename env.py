@@ -50,7 +50,8 @@ class Env(Protocol):
     """The interface of an environment. Your class need not inherit from it; `check_env` checks it.
 
     One instance plays one task at a time, and instances share nothing. The agent loop calls it from
-    threads, one call at a time, each under a time limit. Every public method but `reset` and
+    threads, one call at a time, each under a time limit. (A tool that exceeds it is abandoned, but
+    its thread runs on.) Every public method but `reset` and
     `get_reward` is a tool; helpers begin with an underscore. An environment that wants an answer
     has the tool `final_answer(answer: str)`: a message without any call is given to it. Difficulty
     is in the constructor's arguments, each with a default.
@@ -427,7 +428,7 @@ def towards(open_cells: set[str], here: str, goal: str) -> str:
 def _number(random: Random) -> str:
     """A serial number for the prompt, always of six digits.
 
-    The split hashes the prompt. Without the number, every safe would have the same prompt.
+    The split hashes the prompt. Without the number, all codes of Mastermind have the same prompt.
     """
     return f"{random.randrange(10**6):06}"
 
@@ -459,8 +460,8 @@ class Chain(Question):
     """Reasoning. A small program in the prompt. No tool helps to execute it; thinking aloud does.
 
     A million programs by default. The best player needs one turn, in which it thinks one digit per
-    step. The steps do not commute, so none can be left for later. With `think=0` the demonstrator
-    gives the same answers without thinking.
+    step. Adding and multiplying do not commute, so no step can be left for later. With `think=0`
+    the demonstrator gives the same answers without thinking.
     """
 
     def __init__(self, steps: int = 6, think: int = 1):

@@ -588,7 +588,7 @@ def _report(packs: list[Pack], results: list, trained: bool) -> dict[str, float]
 def check_ledger(sampled: int, abandoned: int, report: dict[str, float]) -> None:
     """Raise RuntimeError unless every sampled token of a step is accounted for.
 
-    Another trainer silently trained 3 of 807 sampled tokens. Here each is trained, or counted by
+    Other trainers have lost sampled tokens without a word. Here each is trained, or counted by
     the reason why it is not. `sampled`: tokens that the rollouts sampled, `abandoned`: those of
     them that no episode holds. `report`: those of `make_rows` and `update` together.
 

@@ -276,8 +276,8 @@ def fused_policy_loss(logits, dlogits, tokens, options, temperature):
 def _fused_torch(logits, dlogits, tokens, options, temperature):
     """`fused_policy_loss` in torch: the comment above, line by line, for C tokens at once.
 
-    The memory of `logits` holds first z, then the factor of each logit. That of e holds e without
-    the target, then -p / temperature. Above a line that overwrites stands what it computes.
+    To save memory, a line may overwrite its input. Then it gives the result a new name, and the
+    line above says what it computes.
     """
     targets = tokens.targets[:, None]  # [C, 1]
     # z = (logits - largest) / temperature. This order: the difference of close logits has no error.
@@ -301,8 +301,8 @@ def _fused_torch(logits, dlogits, tokens, options, temperature):
         factor = slopes[:, None]  # [C, 1]
         if options.entropy_coef:
             # factor = entropy_slope (log p + entropy) + slope, where log p = z - log_total
-            z.add_((entropy - log_total)[:, None])
-            factor = z.mul_(entropy_slopes[:, None]).add_(factor)  # [C, V]
+            log_p_plus_entropy = z.add_((entropy - log_total)[:, None])  # [C, V]
+            factor = log_p_plus_entropy.mul_(entropy_slopes[:, None]).add_(factor)  # [C, V]
         # scaled = -p / temperature, but 0 at the target
         scaled = e_others.mul_((-1 / (total * temperature))[:, None])  # [C, V]
         # dlogits = scaled * factor. At the target:
@@ -508,8 +508,8 @@ def _run_sequences(chunks, keep, tokens, options):
     several chunks. So no slope is known before all log-probs are. This costs one more product.
 
     Known after the first run: the slope of each token. Wanted: the gradients that follow from it.
-    A REINFORCE token has the loss -weight * advantage * log p. With the advantage -slope / weight
-    it has just this slope, so the second run computes the loss of REINFORCE.
+    A REINFORCE token has the loss -weight * advantage * log p, with the slope -weight * advantage.
+    With advantage = -slope / weight, this is just the slope we want. So run REINFORCE.
     """
     chunks.run(keep, Tokens(tokens.targets), options)
     _, logps, entropy, _, _ = chunks.per_token[:, keep]  # [K] each

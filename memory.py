@@ -6,8 +6,8 @@ leave. *Long-term memory* is `Notes`: texts that the agent writes down and searc
 outlast the window, not the episode. An agent that takes no notes loses what leaves the window.
 
 The search compares words. SQLite's index FTS5 finds the texts with a word of the query, and BM25
-ranks them. Texts with more of the query's words come first, rarer words count more, and of texts
-with the same words the shorter one wins (`Lookup` in env.py depends on this).
+ranks them: more of the query's words count more, so do rarer ones, and of texts with the same words
+the shorter one wins (`Lookup` in env.py depends on this).
 
 `Search` is the same search over given documents. The environments of env.py use `Notes` and
 `Search` inside their tools, and agent.py asks `turns_to_drop`. Nothing here knows about models.

@@ -362,9 +362,9 @@ class PrefixCache:
     """
 
     def __init__(self, slots: int, context: int):
-        # tokens[slot]: what the slot holds, or will hold after the passes of this step; then -1.
-        # length[slot]: how many of these tokens have keys and values in the KV cache already. The
-        # tokens beyond are promised: `find` waits for them if that saves enough.
+        # tokens[slot]: the tokens it holds, or will hold at the end of this step. The rest is -1.
+        # length[slot]: how many of them have keys and values in the KV cache already. The others
+        # are promised: they are computed in this step. `find` waits for them if that saves enough.
         self.tokens = np.full((slots, context), -1)  # [slots, context]
         self.length = np.zeros(slots, dtype=np.int64)  # [slots]
         self.idle = list(range(slots))  # the one that was released first comes first
@@ -544,8 +544,8 @@ class Decoder:
             del self.active[slot]
             self.prefixes.release(slot)
             return
-        # The first group keeps the slot. Each other group gets a copy of all keys and values. Only
-        # the token just sampled has none yet.
+        # Requests that sampled the first token keep the slot. Those of each other token get a copy
+        # of all keys and values. Only the token just sampled has none yet.
         self.active[slot], *others = by_token.values()
         for requests in others:
             length = int(self.prefixes.length[slot])
@@ -729,7 +729,8 @@ class Engine:
         requests: list[AgentRequest] = []  # of the last step
         try:
             await self.window.wait()
-            # It is another one after a failed step, or if the agents run in a new event loop.
+            # `_reset` replaces the engine's decoder after a failed step, or if the agents run in a
+            # new event loop. Then this server has nothing left to do.
             while decoder is self.decoder and (self.arrived or decoder.requests()):
                 decoder.waiting += self.arrived
                 self.arrived = []
@@ -873,14 +874,14 @@ def small_model(vocab_size: int, seed: int = 0) -> Qwen3ForCausalLM:
 # The endpoint: agents written elsewhere ask the engine over HTTP, as they would ask OpenAI.
 # Training needs none of this: skip it on first reading.
 #
-# Such a client knows one thing of its own only: the URL that it was given. So each episode has one
-# (a *session*). What happens to a request:
+# Such a client knows one thing of its own only: the URL that it was given. So each episode has its
+# own URL, and the object that answers there is its *session*. What happens to a request:
 #
 #     OutsideAgent._solve       opens a URL, and gives it to the agent
 #     Endpoint._connect         reads the request: `_read`, `read_request`
 #     Endpoint._dispatch        finds the session of the URL
 #     OutsideAgent.answer       samples: Recorder.sample, Engine.generate
-#     completion                turns the reply into the JSON of OpenAI
+#     openai_json               turns the reply into the JSON of OpenAI
 
 MOST_BYTES = 4_000_000  # of a request's body
 MOST_CONNECTIONS = 256
@@ -1034,11 +1035,11 @@ class Endpoint:
             self.say_once("sampling", "the agent's temperature, top_p and seed are not used: the "
                           "policy is trained on the distribution it is sampled from")
         self.connections[asyncio.current_task()] = True
-        answer = completion(await session.answer(request), request.messages)
+        answer = openai_json(await session.answer(request), request.messages)
         return _events(answer, asked) if asked.get("stream") else _json(answer)
 
 
-def completion(replies: list[Reply], messages: list[ChatMessage]) -> dict:
+def openai_json(replies: list[Reply], messages: list[ChatMessage]) -> dict:
     """The JSON that OpenAI's API returns for a chat completion."""
     before = sum(len(message.calls) for message in messages)  # ids of calls count on from these
     choices = []

@@ -9,8 +9,8 @@
 The idea to take away: a policy that explores writes broken calls, so *nothing it writes may raise*.
 What is wrong with a call, and how to write it right, becomes an observation. The episode goes on,
 and the policy can learn from it. `plain_run` shows this in a few lines. Below the line of ==== is
-the version that survives a policy in training, and a first tool, `calculator`. Stop at the second
-line of ====: what follows is a sandbox for programs (`python`), and tools of other libraries.
+the version that survives a policy in training, and a first tool, `calculator`. Stop at the words
+"That is all": what follows are tools of other libraries, and a sandbox for programs (`python`).
 
 Limits: Python cannot kill a thread. A tool that takes too long is abandoned, and its thread runs
 on. Only one thread runs Python at a time (the GIL). One call into C may hold the GIL, and then no
@@ -56,7 +56,7 @@ from transformers.utils import get_json_schema
 def schema(function: Callable) -> dict:
     """The description of a tool, in the form that chat templates and APIs take.
 
-    The tool is a function, or what `as_function` makes one of.
+    The tool is a function. (`as_function`, further down, also takes tools of other libraries.)
     Raises what `get_json_schema` raises if a type hint or a docstring is missing.
 
     >>> schema(calculator)["function"]["parameters"]["required"]
@@ -436,7 +436,7 @@ async def _in_time(work: Awaitable[Observation], name: str, timeout: float) -> O
             # wait for its end: for ever, if it swallows its cancellation.
             await asyncio.wait({future})
     except TimeoutError:
-        if not future.done():  # it is done if only the event loop was late
+        if not future.done():  # else the event loop was late: use the result
             return _failed(f"{name} took longer than {timeout:g} s and was abandoned")
     finally:
         future.cancel()  # does nothing to one that is done

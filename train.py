@@ -94,7 +94,7 @@ def train_step(setup: "Setup", optimizer, progress: "Progress") -> "Step":
     report = grpo.update(setup.model, optimizer, rows, config, config.temperature, setup.reference)
 
     progress.step = step
-    for env, seed in tasks:  # in ascending order of their seeds
+    for env, seed in tasks:  # an environment's last task has its largest seed, so that one stays
         progress.next_seed[env] = seed + 1
     return Step(episodes, advantages, {"step": step, "lr": lr, **signal_report, **report})
 
@@ -264,7 +264,7 @@ class Player:
     """Who plays: our agent loop, or what --agent names."""
 
     make: Callable = Agent  # makes an agent of an LLM, a Chat and options
-    endpoint: Endpoint | None = None  # where an agent that is not made of ours finds the policy
+    endpoint: Endpoint | None = None  # HTTP server for `solve`; None for our loop and workflows
     demonstrator: Callable | None = None  # `demonstrate_<function>` beside your function
 
 
@@ -320,8 +320,8 @@ def roll_out(setup: Setup, tasks: list[tuple[str, int]], step: int | str, size: 
              temperature: float) -> list[Episode]:
     """A group of `size` attempts at each task (environment, seed), one group after the other.
 
-    Every attempt samples from its own random numbers, and their seed is the attempt's name. So a
-    step depends on its number, its tasks and the weights only. There is no random state to save.
+    Every attempt has its own random numbers, from the run's seed, step, task and member. So a step
+    of RL depends on its number, its tasks and the weights only. There is no random state to save.
     """
     async def attempt(env: str, seed: int, member: int) -> Episode:
         rng = Random(f"{setup.config.seed} {step} {env} {seed} {member}")
@@ -388,7 +388,7 @@ def demonstrations(setup: Setup, counts: dict[str, int], start: int) -> list[Epi
         environment = setup.envs[env]()
         messages = generators[env](environment, Random(f"demonstration {setup.config.seed} {seed}"))
         agent = setup.agent(Script(setup.chat, messages))  # in the place of the LLM
-        # A generator beside your agent must see each request before it writes.
+        # A generator beside `solve` must see each request before it writes: no Script then.
         if setup.player.endpoint and setup.player.demonstrator:
             agent.recite(messages)
         try:
@@ -588,7 +588,11 @@ def read_model(where: Path | str, dtype: torch.dtype):
 
 
 def learn_tokenizer(setup: Setup):
-    """A small tokenizer, learned from what the environments and their demonstrators write."""
+    """A small tokenizer, learned from what the environments and their demonstrators write.
+
+    Demonstrations are played with a tokenizer that has a token for each byte. Decoded again, all
+    that was read and written in them is the text to learn from.
+    """
     spelling = Chat(small_tokenizer([]))  # a token for each byte
     no_limits = replace(setup.config, context=10**6, max_new_tokens=10**5)
     setup = replace(setup, config=no_limits, chat=spelling)
@@ -608,7 +612,11 @@ def prompts(chat: Chat, factory: Callable, number: int) -> list[list[int]]:
 
 
 def check_fit(setup: Setup) -> None:
-    """Raise UserError if a message has no room, or if a demonstrator or your agent fails."""
+    """Raise UserError unless a few demonstrations play, and unless
+
+    with --agent: one episode of each environment plays, whatever the policy makes of it;
+    without: each prompt leaves room for a message.
+    """
     config = setup.config
     counts = dict.fromkeys(setup.demonstrators, 10 if config.warmup_steps else 0)
     shown = demonstrations(setup, counts, start=0)
@@ -715,10 +723,10 @@ def train(config: Config) -> None:
 
 
 def train_and_record(run: Path, setup: Setup) -> None:
-    """`plain_train` from the newest checkpoint on. All processes do the same in the same order.
+    """`plain_train` from the newest checkpoint on, and with the reference model of the KL term.
 
-    Each plays its share of the episodes (`play_tasks`), and computes its share of an update
-    (grpo.py). Only the first one writes.
+    All processes do the same in the same order. Each plays its share of the episodes
+    (`play_tasks`), and computes its share of an update (grpo.py). Only the first one writes.
     """
     config, checkpoint = setup.config, newest_checkpoint(run)
     grpo.share_weights(setup.model)

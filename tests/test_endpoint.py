@@ -1119,7 +1119,7 @@ def test_wrong_types_in_every_field_are_refused_in_words():
             agent = OutsideAgent(None, None, Policy(call), CHAT, context=10**4)
             await agent.start(Desk())
             [reply] = await agent.answer(replace(request, number=1))
-            json.dumps(rollout.completion([reply], request.messages)).encode()
+            json.dumps(rollout.openai_json([reply], request.messages)).encode()
             served += 1
 
     asyncio.run(serve_all())
