@@ -376,7 +376,8 @@ class Agent:
             raise EnvFailure(f"get_reward: {reward} is not in [0, 1]")
         self.episode.behaviour = await self._ask("behaviour", lambda: _behaviour(self.env))
         self.episode.reward = reward
-        # A workflow may open a context, and open another one before the policy wrote anything.
+        # A context may have been opened without a message: by a workflow that opened another one
+        # first, or for a request that was cancelled.
         opened = self.episode.segments
         self.episode.segments = [s for s in opened if any(s.sampled)] or opened[:1]
         # A workflow that stops by itself has spent its own budget: the task is not at its end.
@@ -1136,7 +1137,6 @@ class OutsideAgent(Agent):
                 running = [task for task in [job, *self.tasks, *self.requests] if not task.done()]
                 for task in running:
                     task.cancel()
-                self._drop_unanswered()
             if not running:  # so nothing of this agent will ask at the URL of another episode
                 self.endpoint.release(url)
         await self._hand_in(answer)
@@ -1184,11 +1184,6 @@ class OutsideAgent(Agent):
 
     def _is_idle(self) -> bool:
         return not self.requests and time.monotonic() - self.last_sign > self.idle_timeout
-
-    def _drop_unanswered(self) -> None:
-        """Remove the segments of requests that were cancelled before their message was complete."""
-        segments = self.episode.segments
-        segments[:] = [segment for segment in segments if any(segment.sampled)]
 
     async def _hand_in(self, answer: Any) -> None:
         episode = self.episode

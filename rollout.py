@@ -51,6 +51,7 @@ import re
 import socket
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -887,6 +888,8 @@ MOST_BYTES = 4_000_000  # of a request's body
 MOST_CONNECTIONS = 256
 MOST_SECONDS = 30.0  # to send a request, and to read the response
 LOOPBACK = ("127.0.0.1", "localhost")
+SAMPLING_OPTIONS = {"temperature", "top_p", "top_k", "seed", "logit_bias", "presence_penalty",
+                    "frequency_penalty"}
 
 
 class Session(Protocol):
@@ -898,19 +901,20 @@ class Session(Protocol):
 class Endpoint:
     """An OpenAI-compatible server: POST .../chat/completions and GET .../models.
 
-    It listens on this machine only. A URL is random, so no stray request reaches an episode.
-    Clients are slow to make, and some libraries keep one for each URL. So an agent that ended and
-    left nothing running gives its URL back, and `opened` uses it again.
+    It listens on this machine only, unless `host` is its address in a network. A URL is random, so
+    no stray request reaches an episode. Clients are slow to make, and some libraries keep one for
+    each URL. So an agent that ended and left nothing running gives its URL back, and `opened` uses
+    it again.
 
     Use it in `async with`, in the event loop of the agents. Each connection takes one request:
     a client must not keep a connection for the next event loop.
     """
 
-    def __init__(self, port: int = 0):
-        self.listening = socket.create_server((LOOPBACK[0], port), backlog=MOST_CONNECTIONS)
+    def __init__(self, port: int = 0, host: str = LOOPBACK[0]):
+        self.listening = socket.create_server((host, port), backlog=MOST_CONNECTIONS)
         port = self.listening.getsockname()[1]  # 0 means: any that is free
-        self.address = f"http://{LOOPBACK[0]}:{port}"
-        self.hosts = {f"{name}:{port}" for name in LOOPBACK}
+        self.address = f"http://{host}:{port}"
+        self.hosts = {f"{name}:{port}" for name in (*LOOPBACK, host)}
         self.sessions: dict[str, Session] = {}  # by path
         self.free_urls: list[str] = []  # to use again
         # The task of each connection, the oldest first. True: it waits for a session's reply.
@@ -1031,9 +1035,9 @@ class Endpoint:
             request = read_request(asked)
         except (ValueError, RecursionError) as e:
             raise RequestError("the body is not JSON, or is nested too deeply") from e
-        if isinstance(session, OutsideAgent) and asked.keys() & {"temperature", "top_p", "seed"}:
-            self.say_once("sampling", "the agent's temperature, top_p and seed are not used: the "
-                          "policy is trained on the distribution it is sampled from")
+        if isinstance(session, OutsideAgent) and asked.keys() & SAMPLING_OPTIONS:
+            self.say_once("sampling", "the agent's temperature, top_p and the like are not used: "
+                          "the policy is trained on the distribution it is sampled from")
         self.connections[asyncio.current_task()] = True
         answer = openai_json(await session.answer(request), request.messages)
         return _events(answer, asked) if asked.get("stream") else _json(answer)
@@ -1116,7 +1120,13 @@ class FinishedRun:
     async def answer(self, request: ChatRequest) -> list[Reply]:
         """For an Endpoint, which finds no other session at this URL."""
         samples = [self.sample(request) for _ in range(request.number)]
-        return await asyncio.gather(*samples)
+        try:
+            return await asyncio.gather(*samples)
+        except RequestError:
+            raise
+        except Exception:  # the client gets no details, so show them here
+            traceback.print_exc()
+            raise
 
     async def sample(self, request: ChatRequest) -> Reply:
         recorder = Recorder(self.engine, self.chat, [], max_new_tokens=self.max_new_tokens,
@@ -1133,9 +1143,9 @@ def make_chat(model, tokenizer) -> Chat:
     return Chat(tokenizer, set(ends if isinstance(ends, list) else [ends]) - {None})
 
 
-async def serve(run: FinishedRun, port: int) -> None:
-    """An OpenAI-compatible server until Ctrl-C, for programs on this machine."""
-    async with Endpoint(port=port) as endpoint:
+async def serve(run: FinishedRun, port: int, host: str) -> None:
+    """An OpenAI-compatible server until Ctrl-C."""
+    async with Endpoint(port, host) as endpoint:
         endpoint.sessions["/v1"] = run
         print(f"base_url {endpoint.address}/v1 (any api_key; Ctrl-C stops it)")
         await asyncio.Event().wait()
@@ -1202,13 +1212,15 @@ def command_line() -> None:
     parser.add_argument("--serve", metavar="RUN", type=Path, help="serve the model of a run")
     parser.add_argument("--chat", metavar="RUN", type=Path, help="chat with the model of a run")
     parser.add_argument("--port", type=int, default=8000, help="for --serve")
+    parser.add_argument("--host", default=LOOPBACK[0], help="for --serve: this machine's address "
+                        "in a network (default: this machine only)")
     options = parser.parse_args()
     if not (options.serve or options.chat):
         return demo()
     disable_progress_bar()
     try:
         run = FinishedRun(options.serve or options.chat)
-        asyncio.run(serve(run, options.port) if options.serve else talk(run))
+        asyncio.run(serve(run, options.port, options.host) if options.serve else talk(run))
     except (OSError, LookupError, ValueError, RequestError) as e:
         print(f"rollout.py: {e}", file=sys.stderr)
         sys.exit(2)

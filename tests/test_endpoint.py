@@ -1310,3 +1310,25 @@ def test_a_bad_agent_is_one_line_and_exit_code_2(spec, here, tmp_path):
     (tmp_path / "c.txt").write_text("")
     code, out, err = here(tmp_path, "--env", "lookup", "--agent", spec)
     assert code == 2 and len(err.strip().splitlines()) == 1 and "--agent" in err + "--agent"
+
+
+def test_another_address_of_this_machine_is_served_if_it_is_named():
+    """Otherwise the endpoint listens on 127.0.0.1 only, and other names are refused."""
+    async def status(host: str) -> int:
+        async with Endpoint(host=host) as endpoint:
+            endpoint.sessions["/v1"] = object()
+            port = endpoint.listening.getsockname()[1]
+            client = http.client.HTTPConnection(host, port, timeout=10)
+            await asyncio.to_thread(client.request, "GET", "/v1/models")
+            return (await asyncio.to_thread(client.getresponse)).status
+
+    assert asyncio.run(status("127.0.0.2")) == 200
+
+    async def refused() -> None:
+        async with Endpoint() as endpoint:
+            port = endpoint.listening.getsockname()[1]
+            client = http.client.HTTPConnection("127.0.0.2", port, timeout=10)
+            await asyncio.to_thread(client.connect)
+
+    with pytest.raises(ConnectionRefusedError):
+        asyncio.run(refused())
